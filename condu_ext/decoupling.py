@@ -1,0 +1,104 @@
+"""Decouple: a task's expert θ̃ = θ_0 + λ·(M ⊙ u), as new tensors or into a live model.
+
+Arguments and errors are those of :mod:`condu_ext.fusion`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from condu_ext._dispatch import Sources, kernels_for, read_base
+from condu_ext._modes import without_autograd
+from condu_ext.inputs import Model, check_devices, resolve
+from condu_ext.targets import check_writable, write_through
+from condu_ext.unified import UnifiedDelta
+
+
+@without_autograd
+def decouple(
+    state: UnifiedDelta,
+    task: str,
+    pretrained: Model | None,
+    *,
+    backend: str | None = None,
+) -> dict[str, Tensor]:
+    """A task's expert θ̃ = θ_0 + λ·(M ⊙ u) by name, in θ_0's dtypes (without θ_0: d̃, in fp32).
+
+    Where the mask is 0, θ̃ has θ_0's bits. Tied names share one tensor. Integer entries of
+    ``pretrained`` and the task's private tensors are copied into the result.
+    """
+    with state.lock:
+        state.position(task)
+        base = read_base(state.spec, pretrained)
+        out: dict[str, Tensor] = {}
+        for entry, theta_0, device in zip(state.spec.tensors, base, state.devices(), strict=True):
+            dtype = torch.float32 if theta_0 is None else theta_0.dtype
+            flat = torch.empty(entry.numel, dtype=dtype, device=device)
+            out[entry.name] = entry.unflatten(flat)
+        _write_expert(state, task, base, list(out.values()), backend)
+        out |= {alias: out[target] for alias, target in state.spec.aliases.items()}
+        for name in state.spec.fixed & set(pretrained or ()):
+            out[name] = (pretrained or {})[name].clone()
+        return out | state.private(task)
+
+
+def decouple_(
+    state: UnifiedDelta,
+    task: str,
+    pretrained: Model | None,
+    *,
+    out: Model,
+    backend: str | None = None,
+) -> None:
+    """Write a task's expert into existing tensors, such as a model's parameters, in place.
+
+    No temporary copy is made, except of a single tensor whose memory order differs from the
+    state's. Autograd's version counters are bumped.
+
+    Args:
+        out: tensors by name; every fused tensor (under any of its tied names) and every private
+            tensor of the task must be there.
+
+    Raises:
+        RuntimeError: a leaf that requires grad, outside ``torch.no_grad()``.
+        ValueError: ``out`` shares memory with ``pretrained``, or is expanded.
+    """
+    with state.lock:
+        state.position(task)
+        base = read_base(state.spec, pretrained)
+        targets = [t for t in resolve(state.spec, "out", out, "error") if t is not None]
+        private = state.private_of(task)
+        arenas = [arena.u for arena in state.arenas]
+        check_writable(state.spec, out, targets, base, private, state.devices(), arenas)
+        with torch.no_grad():
+            _write_expert(state, task, base, targets, backend)
+            for name, tensor in private.items():
+                out[name].detach().copy_(tensor)
+        written = [*(out[n] for n in out if n not in state.spec.fixed)]
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+
+
+def _write_expert(
+    state: UnifiedDelta,
+    task: str,
+    base: list[Tensor | None],
+    targets: list[Tensor],
+    backend: str | None,
+) -> None:
+    position = state.position(task)
+    sources = Sources(state.spec, base)
+    check_devices(state.spec, "pretrained", base, state.devices())
+    for arena in state.arenas:
+        entries = [state.spec.tensors[k] for k in arena.index]
+        has_base = base[arena.index[0]] is not None
+        theta_0 = sources.flat(arena.index, None, arena.device) if has_base else []
+        with write_through(entries, [targets[k] for k in arena.index]) as flat:
+            kernels_for(backend, arena.device).decouple_(
+                flat,
+                arena.u,
+                arena.planes[position],
+                arena.rescaler[position],
+                theta_0,
+                sources.via(arena.index) if theta_0 else [],
+            )

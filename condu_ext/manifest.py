@@ -1,0 +1,253 @@
+"""``config.json`` of a unified checkpoint: what it says, and reading it without trusting it.
+
+The file is the one commit point of a checkpoint (:mod:`condu_ext.storage`). It lists the tasks
+with their sums and rescalers, the fused tensors, and every data file with size and checksum.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from condu_ext.layout import ModelSpec, TensorSpec
+from condu_ext.rule import FusionRule
+
+FORMAT = "condu-unified-delta"
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+VIA = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DATA_FILE = re.compile(
+    r"(unified-(\d+)|triggers-(\d+)-\d+|private-(\d+)-\d+)-\d{5}-of-\d{5}\.safetensors"
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file and what is wrong with it."""
+
+
+def generation_of(filename: str) -> int | None:
+    """Generation in the name of one of a checkpoint's data files; None for any other file."""
+    match = DATA_FILE.fullmatch(filename)
+    return int(next(g for g in match.groups()[1:] if g)) if match else None
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """A task: its number in file names, its sums and rescalers by position of the tensor."""
+
+    name: str
+    number: int
+    num: list[float]
+    den: list[float]
+    rescaler: list[float]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``config.json``."""
+
+    generation: int
+    shards: int
+    spec: ModelSpec
+    dtype: torch.dtype
+    rule: FusionRule
+    tasks: list[TaskEntry]
+    base_name: str | None
+    base_fingerprints: dict[str, str]
+    files: dict[str, dict[str, Any]]
+    library_version: str
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "library_version": self.library_version,
+                "generation": self.generation,
+                "shards": self.shards,
+                "dtype": _name_of(DTYPES, self.dtype),
+                "rule": asdict(self.rule),
+                "tasks": [asdict(task) for task in self.tasks],
+                "tensors": [
+                    {"name": t.name, "shape": list(t.shape), "via": _name_of(VIA, t.via)}
+                    for t in self.spec.tensors
+                ],
+                "aliases": dict(self.spec.aliases),
+                "fixed": sorted(self.spec.fixed),
+                "private": list(self.spec.private),
+                "private_names": sorted(self.spec.private_names),
+                "base": {"name": self.base_name, "xxh3": self.base_fingerprints},
+                "files": self.files,
+            },
+            indent=1,
+        )
+
+
+def _name_of(table: dict[Any, Any], value: object) -> Any:
+    return next(name for name, known in table.items() if known == value)
+
+
+class _Reader:
+    """Typed access to parsed JSON; every complaint names the file and the key."""
+
+    def __init__(self, path: Path, values: Any, where: str = "") -> None:
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: {where or 'the file'} is not a JSON object")
+        self.path, self.values, self.where = path, values, where
+
+    def complain(self, key: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {self.where}{key!r} {what}")
+
+    def get(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        if key not in self.values:
+            raise self.complain(key, "is missing")
+        value = self.values[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise self.complain(key, f"has the unexpected value {value!r:.80}")
+        return value
+
+    def count(self, key: str) -> int:
+        if (value := self.get(key, int)) < 0:
+            raise self.complain(key, f"is negative: {value}")
+        return int(value)
+
+    def one_of(self, key: str, table: dict[Any, Any]) -> Any:
+        value = self.get(key, (str, type(None)))
+        if value not in table:
+            raise self.complain(key, f"is {value!r}, known: {', '.join(map(str, table))}")
+        return table[value]
+
+    def strings(self, key: str) -> list[str]:
+        values = self.get(key, list)
+        if not all(isinstance(v, str) for v in values):
+            raise self.complain(key, "is not a list of strings")
+        return list(values)
+
+    def string_map(self, key: str) -> dict[str, str]:
+        values = self.get(key, dict)
+        if not all(isinstance(v, str) for v in values.values()):
+            raise self.complain(key, "does not map names to strings")
+        return dict(values)
+
+    def objects(self, key: str) -> list[_Reader]:
+        return [
+            _Reader(self.path, value, f"{key}[{i}].") for i, value in enumerate(self.get(key, list))
+        ]
+
+    def floats(self, key: str, length: int) -> list[float]:
+        values = self.get(key, list)
+        if len(values) != length or not all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf
+            for v in values
+        ):
+            raise self.complain(key, f"is not a list of {length} finite numbers")
+        return [float(v) for v in values]
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check ``config.json``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: not our format, an unknown version, or a value that makes no sense.
+    """
+    path = directory / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{directory} holds no unified checkpoint ({CONFIG})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    reader = _Reader(path, values)
+    if reader.values.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a unified checkpoint (format is not {FORMAT!r})")
+    if reader.values.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {reader.values.get('format_version')!r} is unknown; this "
+            f"version of condu reads {FORMAT_VERSION}"
+        )
+    spec = _read_spec(reader)
+    rule = _Reader(path, reader.get("rule", dict), "rule.")
+    try:
+        fusion_rule = FusionRule(rule.get("zero_sum", str), rule.get("rescale", str))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    base = _Reader(path, reader.get("base", dict), "base.")
+    return Manifest(
+        generation=reader.count("generation"),
+        shards=reader.count("shards"),
+        spec=spec,
+        dtype=reader.one_of("dtype", DTYPES),
+        rule=fusion_rule,
+        tasks=_read_tasks(reader, len(spec.tensors)),
+        base_name=base.get("name", (str, type(None))),
+        base_fingerprints=base.string_map("xxh3"),
+        files=_read_files(reader),
+        library_version=reader.get("library_version", str),
+    )
+
+
+def _read_spec(reader: _Reader) -> ModelSpec:
+    tensors = []
+    for entry in reader.objects("tensors"):
+        shape = entry.get("shape", list)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
+            raise entry.complain("shape", f"is {shape}")
+        tensors.append(
+            TensorSpec(
+                entry.get("name", str),
+                tuple(shape),
+                tuple(range(len(shape))),
+                entry.one_of("via", VIA),
+            )
+        )
+    names = [t.name for t in tensors]
+    if len(set(names)) != len(names):
+        raise reader.complain("tensors", "names a tensor twice")
+    aliases = reader.string_map("aliases")
+    if not set(aliases.values()) <= set(names) or set(aliases) & set(names):
+        raise reader.complain("aliases", "does not fit the tensors")
+    return ModelSpec(
+        tuple(tensors),
+        aliases,
+        frozenset(reader.strings("fixed")),
+        tuple(reader.strings("private")),
+        frozenset(reader.strings("private_names")),
+    )
+
+
+def _read_tasks(reader: _Reader, tensors: int) -> list[TaskEntry]:
+    tasks = [
+        TaskEntry(
+            entry.get("name", str),
+            entry.count("number"),
+            entry.floats("num", tensors),
+            entry.floats("den", tensors),
+            entry.floats("rescaler", tensors),
+        )
+        for entry in reader.objects("tasks")
+    ]
+    for what in ("name", "number"):
+        values = [getattr(task, what) for task in tasks]
+        if len(set(values)) != len(values) or "" in values:
+            raise reader.complain("tasks", f"gives a {what} twice, or an empty one")
+    return tasks
+
+
+def _read_files(reader: _Reader) -> dict[str, dict[str, Any]]:
+    files = {}
+    for name, value in reader.get("files", dict).items():
+        if not DATA_FILE.fullmatch(name):
+            raise CheckpointError(f"{reader.path}: {name!r} is not the name of a data file")
+        entry = _Reader(reader.path, value, f"files[{name}].")
+        files[name] = {"size": entry.count("size"), "xxh3": entry.get("xxh3", str)}
+    return files

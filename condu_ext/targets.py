@@ -1,0 +1,77 @@
+"""Tensors that a decoupled expert is written into: what is refused, and how they are reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from condu_ext.inputs import Model, check_devices, find_shared
+from condu_ext.layout import ModelSpec, TensorSpec
+
+
+def check_writable(
+    spec: ModelSpec,
+    out: Model,
+    targets: Sequence[Tensor],
+    base: Sequence[Tensor | None],
+    private: Mapping[str, Tensor],
+    devices: Sequence[torch.device],
+    arenas: Sequence[Tensor],
+) -> None:
+    """Refuse targets that cannot be written without harm; nothing has been written yet.
+
+    Raises:
+        RuntimeError: a leaf that requires grad, outside ``torch.no_grad()``.
+        KeyError: a private tensor of the task has no place in ``out``.
+        ValueError: an expanded tensor, one that shares memory with another, with ``pretrained`` or
+            with the state, another shape or device.
+    """
+    if torch.is_grad_enabled():
+        for name, tensor in out.items():
+            if tensor.requires_grad and tensor.is_leaf:
+                raise RuntimeError(
+                    f"out, tensor {name!r}: a leaf that requires grad can only be written inside "
+                    "torch.no_grad()"
+                )
+    written = {entry.name: t for entry, t in zip(spec.tensors, targets, strict=True)}
+    for name, tensor in written.items():
+        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(f"out, tensor {name!r}: is expanded, its elements share memory")
+    for entry in spec.tensors:
+        for name in spec.names_of(entry.name):
+            if name in out and out[name].data_ptr() != written[entry.name].data_ptr():
+                raise ValueError(f"out: {entry.name!r} is tied in the state, but not here")
+    named = [(f"out, tensor {name!r}", tensor) for name, tensor in written.items()]
+    if shared := find_shared(
+        [*named, *((f"out, tensor {n!r}", out[n]) for n in private if n in out)]
+    ):
+        raise ValueError(f"{shared[0]}: shares memory with {shared[1]}, but they are not tied")
+    for what, tensors in (("pretrained", base), ("the state", arenas)):
+        kept = [(what, tensor) for tensor in tensors if tensor is not None and tensor.numel()]
+        if shared := find_shared([*named, *kept]):
+            target = next(name for name in shared if name != what)
+            raise ValueError(f"{target}: shares memory with {what}, which must survive; use a copy")
+    check_devices(spec, "out", list(targets), list(devices))
+    for name, tensor in private.items():
+        if name not in out:
+            raise KeyError(f"out: private tensor {name!r} is missing")
+        if out[name].shape != tensor.shape or out[name].dtype != tensor.dtype:
+            raise ValueError(
+                f"out, private tensor {name!r}: {out[name].dtype} {tuple(out[name].shape)}, "
+                f"expected {tensor.dtype} {tuple(tensor.shape)}"
+            )
+
+
+@contextmanager
+def write_through(
+    entries: Sequence[TensorSpec], targets: Sequence[Tensor]
+) -> Iterator[list[Tensor]]:
+    """Flat tensors to write: views where possible, else copies that are put back at the end."""
+    flat = [entry.flatten(target) for entry, target in zip(entries, targets, strict=True)]
+    yield flat
+    for entry, target, values in zip(entries, targets, flat, strict=True):
+        if not entry.is_view(target):
+            target.copy_(entry.unflatten(values))

@@ -1,0 +1,358 @@
+"""``UnifiedDelta``: one unified delta model and a task trigger for each task.
+
+A trigger is a 1-bit mask and a rescaler λ; the decoupled delta of task i is λ_i · M_i ⊙ u. The
+state of T tasks takes 4 (fp32) or 2 (bf16) bytes and T bits a parameter. How it is laid out in
+memory is private to this package (:mod:`condu_ext.layout`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from condu_ext import reference
+from condu_ext._modes import without_autograd
+from condu_ext.fingerprint import fingerprint
+from condu_ext.inputs import Model, describe, resolve
+from condu_ext.layout import Arena, ModelSpec, TensorSpec, empty_arena, group_by_device
+from condu_ext.rule import FusionRule
+
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+Value = TypeVar("Value")
+
+
+def check_task_name(task: object) -> str:
+    """A task's name: any non-empty string."""
+    if not isinstance(task, str) or not task:
+        raise ValueError(f"a task's name is a non-empty string, not {task!r}")
+    return task
+
+
+def check_state_dtype(dtype: torch.dtype) -> None:
+    """Refuses dtypes that a unified delta cannot be stored in."""
+    if dtype not in STATE_DTYPES:
+        raise ValueError(
+            f"state dtype {dtype}: use torch.float32 or torch.bfloat16 "
+            "(small deltas underflow in float16)"
+        )
+
+
+class UnifiedDelta:
+    """The unified delta of a sequence of tasks; made by :func:`unify`, :func:`absorb` or
+    :meth:`empty`. A value: functions without a trailing underscore return a new state that shares
+    no memory with the old one that anything writes.
+
+    Attributes:
+        rule: the :class:`FusionRule` it was made with.
+        dtype: torch.float32 or torch.bfloat16.
+        spec: the fused tensors' names and shapes, ties, and private patterns.
+        lock: held by everything that writes or reads a consistent whole.
+        base_name: name of the base model, as given to :meth:`record_base`.
+        base_fingerprints: per fused tensor the xxh3 of the base's bytes, as hexadecimal digits.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        arenas: Sequence[Arena],
+        *,
+        tasks: Sequence[str] = (),
+        rule: FusionRule,
+        dtype: torch.dtype,
+        private: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.arenas = list(arenas)
+        self.rule = rule
+        self.dtype = dtype
+        self.lock = threading.RLock()
+        self.base_name: str | None = None
+        self.base_fingerprints: dict[str, str] = {}
+        self._tasks = list(tasks)
+        self._private = {task: dict((private or {}).get(task, {})) for task in tasks}
+        self._damage: str | None = None
+
+    @classmethod
+    @without_autograd
+    def empty(
+        cls,
+        pretrained: Model,
+        *,
+        rule: FusionRule | None = None,
+        dtype: torch.dtype = torch.float32,
+        private: Iterable[str] = (),
+    ) -> UnifiedDelta:
+        """A state without tasks over a base model: the start of a sequence.
+
+        Args:
+            pretrained: θ_0 by name; only names, shapes, devices and ties are read.
+            private: fnmatch patterns of tensors to store whole for each task (heads, BatchNorm
+                statistics).
+
+        Raises:
+            TypeError, ValueError: see :func:`condu_ext.inputs.describe`; a state dtype other than
+                float32 and bfloat16.
+        """
+        check_state_dtype(dtype)
+        spec = describe("pretrained", pretrained, private)
+        groups = group_by_device([pretrained[entry.name].device for entry in spec.tensors])
+        arenas = [
+            empty_arena(index, [spec.tensors[k].numel for k in index], dtype, device)
+            for device, index in groups.items()
+        ]
+        return cls(spec, arenas, rule=rule or FusionRule(), dtype=dtype)
+
+    # ---- what a user reads ---------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order in which they joined."""
+        return tuple(self._tasks)
+
+    @property
+    def delta(self) -> dict[str, Tensor]:
+        """The unified delta by tensor name, tied names included: views of the state's memory."""
+        return self._by_name(lambda arena, entry, part, k: entry.unflatten(arena.u[part]))
+
+    def mask(self, task: str) -> dict[str, Tensor]:
+        """A task's mask by tensor name, bool, in the tensor's shape."""
+        position = self.position(task)
+
+        def unpacked(arena: Arena, entry: TensorSpec, part: slice, k: int) -> Tensor:
+            plane = arena.planes[position][part.start // 8 : (part.stop + 7) // 8]
+            return entry.unflatten(reference.unpack_bits(plane, entry.numel))
+
+        return self._by_name(unpacked)
+
+    def packed_mask(self, task: str) -> dict[str, Tensor]:
+        """A task's mask by tensor name, uint8 [ceil(numel / 8)], as ``numpy.packbits`` with
+        ``bitorder="little"`` of the flattened mask; bits past the end are 0."""
+        position = self.position(task)
+
+        def packed(arena: Arena, entry: TensorSpec, part: slice, k: int) -> Tensor:
+            plane = arena.planes[position][part.start // 8 : (part.stop + 7) // 8]
+            if entry.order == tuple(range(len(entry.order))):
+                return plane.clone()
+            mask = entry.unflatten(reference.unpack_bits(plane, entry.numel))
+            return reference.pack_bits(mask.reshape(-1))
+
+        return self._by_name(packed)
+
+    def rescaler(self, task: str) -> float | dict[str, float]:
+        """λ of a task; with ``rescale="per_tensor"`` λ by tensor name. Synchronises a GPU."""
+        position = self.position(task)
+        table = {
+            name: float(value)
+            for name, value in self._by_name(
+                lambda arena, entry, part, k: arena.rescaler[position, k]
+            ).items()
+        }
+        return table if self.rule.rescale == "per_tensor" else next(iter(table.values()))
+
+    def private(self, task: str) -> dict[str, Tensor]:
+        """A task's private tensors by name: copies."""
+        self.position(task)
+        return {name: tensor.clone() for name, tensor in self._private[task].items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state: unified delta, masks, sums, private tensors."""
+        private = [t for tensors in self._private.values() for t in tensors.values()]
+        return sum(a.nbytes for a in self.arenas) + sum(
+            t.numel() * t.element_size() for t in private
+        )
+
+    def __repr__(self) -> str:
+        numel = sum(entry.numel for entry in self.spec.tensors)
+        return (
+            f"UnifiedDelta({len(self._tasks)} tasks, {len(self.spec.tensors)} tensors, "
+            f"{numel:,} parameters, {self.dtype}, {self.nbytes / 2**20:.1f} MiB)"
+        )
+
+    # ---- what a user changes -------------------------------------------------------------------
+
+    @without_autograd
+    def drop(self, task: str) -> None:
+        """Forget a task's trigger. The unified delta does not change: other tasks keep theirs."""
+        with self.lock:
+            position = self.position(task)
+            rest = [t for t in range(len(self._tasks)) if t != position]
+            for arena in self.arenas:
+                arena.num, arena.den = arena.num[rest], arena.den[rest]
+                arena.rescaler = arena.rescaler[rest]
+                del arena.planes[position]
+            del self._tasks[position], self._private[task]
+
+    def rename(self, task: str, name: str) -> None:
+        """Give a task another name.
+
+        Raises:
+            KeyError: no such task. ValueError: the new name is in use.
+        """
+        with self.lock:
+            position = self.position(task)
+            self.check_new_task(name)
+            self._tasks[position] = name
+            self._private[name] = self._private.pop(task)
+
+    def record_base(self, pretrained: Model, name: str | None = None) -> None:
+        """Remember a fingerprint of every fused tensor of θ_0, to recognise it later.
+
+        Raises:
+            KeyError, ValueError, TypeError: names or shapes are not those of the state.
+        """
+        tensors = resolve(self.spec, "pretrained", pretrained, "error")
+        with self.lock:
+            self.base_fingerprints = {
+                entry.name: fingerprint(tensor)
+                for entry, tensor in zip(self.spec.tensors, tensors, strict=True)
+                if tensor is not None
+            }
+            self.base_name = name
+
+    def verify_base(self, pretrained: Model) -> None:
+        """Check that this is the base model that was recorded.
+
+        Raises:
+            ValueError: nothing was recorded, or the first tensor that differs.
+        """
+        if not self.base_fingerprints:
+            raise ValueError("the state has no fingerprint of its base model: call record_base")
+        tensors = resolve(self.spec, "pretrained", pretrained, "error")
+        for entry, tensor in zip(self.spec.tensors, tensors, strict=True):
+            if tensor is not None and fingerprint(tensor) != self.base_fingerprints[entry.name]:
+                named = f" ({self.base_name})" if self.base_name else ""
+                raise ValueError(
+                    f"pretrained, tensor {entry.name!r}: differs from the base model{named} that "
+                    "the state was made over"
+                )
+
+    @without_autograd
+    def to(self, device: torch.device | str) -> UnifiedDelta:
+        """A copy of the state in one arena on a device."""
+        device = torch.device(device)
+        with self.lock:
+            self.check_whole()
+            numels = [entry.numel for entry in self.spec.tensors]
+            index = range(len(numels))
+            tasks = len(self._tasks)
+            target = empty_arena(index, numels, self.dtype, device)
+            target.planes = [
+                torch.zeros(target.u.numel() // 8, dtype=torch.uint8, device=device)
+                for _ in range(tasks)
+            ]
+            target.num, target.den, target.rescaler = (
+                torch.zeros(tasks, len(numels), dtype=dtype, device=where)
+                for dtype, where in (
+                    (torch.float64, "cpu"),
+                    (torch.float64, "cpu"),
+                    (torch.float32, device),
+                )
+            )
+            starts = target.starts
+            for arena in self.arenas:
+                for k, position in enumerate(arena.index):
+                    part = slice(arena.starts[k], arena.starts[k] + numels[position])
+                    start = starts[position]
+                    target.u[start : start + numels[position]] = arena.u[part].to(device)
+                    last = (numels[position] + 7) // 8
+                    for t in range(tasks):
+                        packed = arena.planes[t][part.start // 8 : part.start // 8 + last]
+                        target.planes[t][start // 8 : start // 8 + last] = packed.to(device)
+                columns = list(arena.index)
+                target.num[:, columns], target.den[:, columns] = arena.num, arena.den
+                target.rescaler[:, columns] = arena.rescaler.to(device)
+            private = {
+                task: {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+                for task, tensors in self._private.items()
+            }
+            return self.successor([target], tasks=self._tasks, private=private)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state as a unified checkpoint; see :func:`condu_ext.storage.save`."""
+        from condu_ext import storage
+
+        storage.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> UnifiedDelta:
+        """Read a unified checkpoint; see :func:`condu_ext.storage.load`."""
+        from condu_ext import storage
+
+        return storage.load(path)
+
+    # ---- what the package uses -----------------------------------------------------------------
+
+    def position(self, task: str) -> int:
+        """Index of a task. Raises KeyError naming it and the tasks that there are."""
+        self.check_whole()
+        if task not in self._tasks:
+            raise KeyError(f"unknown task {task!r}; the state holds {', '.join(self._tasks)}")
+        return self._tasks.index(task)
+
+    def check_new_task(self, task: str) -> None:
+        """Raises ValueError if a name is not usable for one more task."""
+        self.check_whole()
+        if check_task_name(task) in self._tasks:
+            raise ValueError(f"task {task!r} is already in the state; drop it first to replace it")
+
+    def check_whole(self) -> None:
+        """Raises RuntimeError after an unchecked absorb_ that met bad input."""
+        if self._damage:
+            raise RuntimeError(self._damage)
+
+    def mark_damaged(self, reason: str | None) -> None:
+        """Make every later use raise ``reason``; None takes that back."""
+        self._damage = reason
+
+    def private_of(self, task: str) -> dict[str, Tensor]:
+        """A task's private tensors themselves: never written, so states may share them."""
+        return self._private[task]
+
+    def add_task(self, task: str, private: dict[str, Tensor]) -> None:
+        """Record a task that the arenas already hold."""
+        self._tasks.append(task)
+        self._private[task] = private
+
+    def successor(
+        self,
+        arenas: Sequence[Arena],
+        *,
+        tasks: Sequence[str],
+        private: Mapping[str, Mapping[str, Tensor]],
+        spec: ModelSpec | None = None,
+    ) -> UnifiedDelta:
+        """A new state over the same base with other arenas and tasks."""
+        state = UnifiedDelta(
+            spec or self.spec,
+            arenas,
+            tasks=tasks,
+            rule=self.rule,
+            dtype=self.dtype,
+            private=private,
+        )
+        state.base_name = self.base_name
+        state.base_fingerprints = dict(self.base_fingerprints)
+        return state
+
+    def devices(self) -> list[torch.device]:
+        """Device of each fused tensor's part."""
+        found = {k: arena.device for arena in self.arenas for k in arena.index}
+        return [found[k] for k in range(len(self.spec.tensors))]
+
+    def _by_name(self, value: Callable[[Arena, TensorSpec, slice, int], Value]) -> dict[str, Value]:
+        """value(arena, spec, slice in the arena, position in the arena) for every name."""
+        with self.lock:
+            self.check_whole()
+            found: dict[int, Value] = {}
+            for arena in self.arenas:
+                for k, (position, start) in enumerate(zip(arena.index, arena.starts, strict=True)):
+                    entry = self.spec.tensors[position]
+                    found[position] = value(arena, entry, slice(start, start + entry.numel), k)
+            named = {entry.name: found[k] for k, entry in enumerate(self.spec.tensors)}
+            return named | {a: named[target] for a, target in self.spec.aliases.items()}

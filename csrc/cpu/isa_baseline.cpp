@@ -1,0 +1,9 @@
+// Kernels for every processor of the target architecture; compiled with that instruction set's
+// flags alone.
+#define CONDU_ONE_KIND
+#include "cpu/simd_baseline.h"
+#include "cpu/fusion_body.h"
+
+namespace condu {
+extern const Kernels kBaselineKernels = CONDU_KERNELS("baseline");
+}

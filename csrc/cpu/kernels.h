@@ -1,0 +1,97 @@
+// What the driver (driver.cpp) and the instruction sets (isa_*.cpp) agree on: one chunk of work.
+//
+// Only plain structs here: an instruction set's file must not instantiate anything that the linker
+// could share with code for older processors.
+#pragma once
+#include <stdint.h>
+
+#include "condu_ext.h"
+
+namespace condu {
+
+// One contiguous tensor, from the chunk's first element on.
+struct Stream {
+  const void* data;  // null: absent (a base of zeros)
+  uint8_t dtype;
+};
+
+// The old tasks at a chunk. Planes are whole planes; `byte` is where the chunk starts in them.
+struct Triggers {
+  const uint8_t* const* planes;
+  const float* rescaler;  // [tasks], of this tensor
+  int32_t tasks;
+};
+
+// Per-thread accumulators: `rows` sums of sixteen fp64 lanes.
+struct Accumulators {
+  double* lanes;  // [rows][16]
+  double* total;  // [rows]: a chunk's sums, written at its end
+};
+
+struct UnifyChunk {
+  int64_t elements, byte;
+  int32_t tasks;
+  const Stream* models;  // [tasks]
+  Stream base;
+  int32_t zero_sum;
+  void* u;
+  uint8_t* const* planes;
+  Accumulators sums;  // num of every task, then den of every task
+};
+
+struct AbsorbChunk {
+  int64_t elements, byte;
+  Triggers old;
+  const void* old_u;
+  Stream model, base;
+  int32_t zero_sum;
+  void* u;
+  uint8_t* const* planes;
+  Accumulators sums;  // den of the old tasks, den of the new one, num of the new one
+};
+
+struct MergeChunk {
+  int64_t elements, byte;
+  Triggers a, b;
+  const void *a_u, *b_u;
+  int32_t zero_sum;
+  void* u;
+  uint8_t* const* planes;
+  Accumulators sums;  // den of a's tasks, then of b's
+};
+
+struct DecoupleChunk {
+  int64_t elements;
+  const void* u;
+  const uint8_t* plane;  // at the chunk
+  float rescaler;
+  Stream base;
+  void* out;
+  uint8_t out_dtype;
+};
+
+struct MeasureChunk {
+  int64_t elements;
+  Stream model, base;
+  Accumulators sums;  // num
+};
+
+// `kind` is the dtype that every stream of the chunk shares, or kMixed.
+enum { kMixed = 3, kKinds = 4 };
+
+struct Kernels {
+  const char* name;
+  // [kind][state is bf16]
+  void (*unify[kKinds][2])(const UnifyChunk&);
+  void (*absorb[kKinds][2])(const AbsorbChunk&);
+  void (*decouple[kKinds][2])(const DecoupleChunk&);
+  void (*merge[2])(const MergeChunk&);
+  void (*measure)(const MeasureChunk&);
+};
+
+extern const Kernels kBaselineKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels, kAvx512Kernels;
+#endif
+
+}  // namespace condu
