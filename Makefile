@@ -1,17 +1,17 @@
-# make demo   set everything up, then watch ConDU learn a sequence of tasks (results in demo/)
+# make demo   set everything up, then watch ConDU learn a sequence of tasks (results in runs/demo)
 # make test   set everything up, then run the tests
 # make bench  the benchmarks; make lint: the linters
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO_DIR ?= demo
+
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 .PHONY: demo test bench lint format clean
 
 demo: $(VENV)/train.stamp
-	$(BIN)/condu demo --out $(DEMO_DIR)
+	$(BIN)/condu demo
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest

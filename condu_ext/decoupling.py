@@ -26,7 +26,8 @@ def decouple(
     """A task's expert θ̃ = θ_0 + λ·(M ⊙ u) by name, in θ_0's dtypes (without θ_0: d̃, in fp32).
 
     Where the mask is 0, θ̃ has θ_0's bits. Tied names share one tensor. Integer entries of
-    ``pretrained`` and the task's private tensors are copied into the result.
+    ``pretrained`` and the task's private tensors are copied into the result (the base's private
+    tensors where the task has none, see ``missing``).
     """
     with state.lock:
         state.position(task)
@@ -38,8 +39,8 @@ def decouple(
             out[entry.name] = entry.unflatten(flat)
         _write_expert(state, task, base, list(out.values()), backend)
         out |= {alias: out[target] for alias, target in state.spec.aliases.items()}
-        for name in state.spec.fixed & set(pretrained or ()):
-            out[name] = (pretrained or {})[name].clone()
+        kept = state.spec.fixed | state.spec.private_names
+        out |= {name: t.clone() for name, t in (pretrained or {}).items() if name in kept}
         return out | state.private(task)
 
 
@@ -68,7 +69,10 @@ def decouple_(
         state.position(task)
         base = read_base(state.spec, pretrained)
         targets = [t for t in resolve(state.spec, "out", out, "error") if t is not None]
-        private = state.private_of(task)
+        base_private = {
+            n: t for n, t in (pretrained or {}).items() if n in state.spec.private_names
+        }
+        private = base_private | state.private_of(task)
         arenas = [arena.u for arena in state.arenas]
         check_writable(state.spec, out, targets, base, private, state.devices(), arenas)
         with torch.no_grad():

@@ -20,6 +20,7 @@ and the tensor, and leave every argument as it was.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ from condu_ext.inputs import (
 from condu_ext.layout import Arena, ModelSpec, group_by_device
 from condu_ext.rescale import apply_rescalers, check_finite
 from condu_ext.rule import FusionRule
+from condu_ext.transfer import rearranged
 from condu_ext.unified import UnifiedDelta, check_state_dtype, check_task_name
 
 
@@ -296,8 +298,12 @@ def merge(a: UnifiedDelta, b: UnifiedDelta, *, backend: str | None = None) -> Un
             if ours != theirs:
                 raise ValueError(f"the states differ in {what}: {ours} and {theirs}")
         _check_same_tensors(a, b)
+        matching = b.arenas
+        orders = [entry.order for entry in a.spec.tensors]
+        if orders != [entry.order for entry in b.spec.tensors]:
+            _, matching = rearranged(b.spec, b.arenas, b.devices(), orders)
         arenas = []
-        for left, right in zip(a.arenas, b.arenas, strict=True):
+        for left, right in zip(a.arenas, matching, strict=True):
             u, planes, chunk_sums = kernels_for(backend, left.device).merge(
                 left.u,
                 left.planes,
@@ -324,7 +330,7 @@ def merge(a: UnifiedDelta, b: UnifiedDelta, *, backend: str | None = None) -> Un
 
 def _check_same_tensors(a: UnifiedDelta, b: UnifiedDelta) -> None:
     for left, right in zip(a.spec.tensors, b.spec.tensors, strict=False):
-        if left != right:
+        if left != replace(right, order=left.order):
             raise ValueError(f"the states differ in a tensor: {left} and {right}")
     if len(a.spec.tensors) != len(b.spec.tensors) or a.spec.aliases != b.spec.aliases:
         raise ValueError("the states differ in their tensors or in which are tied")

@@ -7,7 +7,6 @@ with their sums and rescalers, the fused tensors, and every data file with size 
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,7 +77,12 @@ class Manifest:
                 "rule": asdict(self.rule),
                 "tasks": [asdict(task) for task in self.tasks],
                 "tensors": [
-                    {"name": t.name, "shape": list(t.shape), "via": _name_of(VIA, t.via)}
+                    {
+                        "name": t.name,
+                        "shape": list(t.shape),
+                        "order": list(t.order),
+                        "via": _name_of(VIA, t.via),
+                    }
                     for t in self.spec.tensors
                 ],
                 "aliases": dict(self.spec.aliases),
@@ -143,13 +147,14 @@ class _Reader:
             _Reader(self.path, value, f"{key}[{i}].") for i, value in enumerate(self.get(key, list))
         ]
 
-    def floats(self, key: str, length: int) -> list[float]:
+    def floats(self, key: str, length: int, dtype: torch.dtype) -> list[float]:
         values = self.get(key, list)
+        largest = torch.finfo(dtype).max
         if len(values) != length or not all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf
+            isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v <= largest
             for v in values
         ):
-            raise self.complain(key, f"is not a list of {length} finite numbers")
+            raise self.complain(key, f"is not a list of {length} numbers of {dtype} from 0 on")
         return [float(v) for v in values]
 
 
@@ -165,7 +170,7 @@ def read_manifest(directory: Path) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{directory} holds no unified checkpoint ({CONFIG})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of text that is no UTF-8
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     reader = _Reader(path, values)
     if reader.values.get("format") != FORMAT:
@@ -182,16 +187,19 @@ def read_manifest(directory: Path) -> Manifest:
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     base = _Reader(path, reader.get("base", dict), "base.")
+    files = _read_files(reader)
+    if not 1 <= (shards := reader.count("shards")) <= len(files):
+        raise reader.complain("shards", f"is {shards!r:.20}, with {len(files)} data files")
     return Manifest(
         generation=reader.count("generation"),
-        shards=reader.count("shards"),
+        shards=shards,
         spec=spec,
         dtype=reader.one_of("dtype", DTYPES),
         rule=fusion_rule,
         tasks=_read_tasks(reader, len(spec.tensors)),
         base_name=base.get("name", (str, type(None))),
         base_fingerprints=base.string_map("xxh3"),
-        files=_read_files(reader),
+        files=files,
         library_version=reader.get("library_version", str),
     )
 
@@ -206,7 +214,7 @@ def _read_spec(reader: _Reader) -> ModelSpec:
             TensorSpec(
                 entry.get("name", str),
                 tuple(shape),
-                tuple(range(len(shape))),
+                _read_order(entry, len(shape)),
                 entry.one_of("via", VIA),
             )
         )
@@ -225,14 +233,24 @@ def _read_spec(reader: _Reader) -> ModelSpec:
     )
 
 
+def _read_order(entry: _Reader, dimensions: int) -> tuple[int, ...]:
+    order = entry.get("order", list)
+    if not all(type(dim) is int for dim in order) or sorted(order) != list(range(dimensions)):
+        name = entry.get("name", str)
+        raise entry.complain(
+            "order", f"of {name!r} is no order of {dimensions} dimensions: {order!r:.80}"
+        )
+    return tuple(order)
+
+
 def _read_tasks(reader: _Reader, tensors: int) -> list[TaskEntry]:
     tasks = [
         TaskEntry(
             entry.get("name", str),
             entry.count("number"),
-            entry.floats("num", tensors),
-            entry.floats("den", tensors),
-            entry.floats("rescaler", tensors),
+            entry.floats("num", tensors, torch.float64),
+            entry.floats("den", tensors, torch.float64),
+            entry.floats("rescaler", tensors, torch.float32),
         )
         for entry in reader.objects("tasks")
     ]

@@ -8,8 +8,9 @@
 A save writes files of a new generation, syncs them, replaces ``config.json``, syncs the folder, and
 only then removes what the new config does not list. Killed at any point, or with the disk full, it
 leaves the old state or the new one. Tensors are stored in logical (row-major) order; masks as
-``numpy.packbits(bitorder="little")`` of the flattened mask. Nothing is ever pickled. A lock file
-keeps out a second writer; readers need none.
+``numpy.packbits(bitorder="little")`` of the flattened mask. The config keeps each tensor's memory
+order, so that a sequence goes on from disk exactly as it would in memory. Nothing is ever pickled.
+A lock file keeps out a second writer; readers need none.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from torch import Tensor
 
 from condu_ext import _C
 from condu_ext._modes import without_autograd
+from condu_ext.files import replace, sync
 from condu_ext.fingerprint import file_fingerprint
-from condu_ext.layout import empty_arena
+from condu_ext.layout import TensorSpec, empty_arena
 from condu_ext.manifest import (
     CONFIG,
     CheckpointError,
@@ -38,6 +40,7 @@ from condu_ext.manifest import (
     generation_of,
     read_manifest,
 )
+from condu_ext.reference import pack_bits, unpack_bits
 from condu_ext.unified import UnifiedDelta
 
 SHARD_BYTES = 1 << 30
@@ -66,19 +69,25 @@ def save(state: UnifiedDelta, path: str | os.PathLike[str]) -> None:
         written: list[Path] = []
         try:
             manifest = _write_data(state, directory, generation, written)
-            temporary = directory / f"{CONFIG}.tmp"
-            written.append(temporary)
-            temporary.write_text(manifest.to_json(), encoding="utf-8")
-            _sync(temporary)
-            os.replace(temporary, directory / CONFIG)
+            text = manifest.to_json()
+            replace(directory / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
         except BaseException:
-            for file in written:
-                file.unlink(missing_ok=True)
+            # An interruption may come after the commit: then these files are the state.
+            if _generation(directory) != generation:
+                for file in written:
+                    file.unlink(missing_ok=True)
             raise
-        _sync(directory)
         for name in os.listdir(directory):
             if generation_of(name) is not None and name not in manifest.files:
                 (directory / name).unlink(missing_ok=True)
+
+
+def _generation(directory: Path) -> int | None:
+    """Generation of the state in a folder, None if there is none."""
+    try:
+        return read_manifest(directory).generation
+    except (FileNotFoundError, CheckpointError):
+        return None
 
 
 def _write_data(
@@ -92,7 +101,7 @@ def _write_data(
         contents = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
         try:
             save_file(contents, file)
-            _sync(file)
+            sync(file)
         except SafetensorError as error:
             raise OSError(f"{file}: {error}") from None
         files[name] = {"size": file.stat().st_size, "xxh3": file_fingerprint(file)}
@@ -151,14 +160,6 @@ def _sums(state: UnifiedDelta, position: int) -> tuple[list[float], list[float],
     return num, den, rescaler
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def _writer_lock(directory: Path) -> Iterator[None]:
     with open(directory / _LOCK, "w") as lock:
@@ -208,14 +209,17 @@ def _read_state(directory: Path, manifest: Manifest) -> UnifiedDelta:
     with _Tensors(directory, manifest, f"unified-{generation}", shapes, manifest.dtype) as unified:
         arena = empty_arena(range(len(numels)), numels, manifest.dtype, torch.device("cpu"))
         starts = dict(zip(shapes, arena.starts, strict=True))
+        entries = {entry.name: entry for entry in spec.tensors}
         for name, tensor in unified:
-            arena.u[starts[name] : starts[name] + tensor.numel()] = tensor.reshape(-1)
+            part = slice(starts[name], starts[name] + tensor.numel())
+            arena.u[part] = entries[name].flatten(tensor)
     for task in tasks:
         plane = torch.zeros(arena.u.numel() // 8, dtype=torch.uint8, device="cpu")
         prefix = f"triggers-{generation}-{task.number}"
         with _Tensors(directory, manifest, prefix, packed, torch.uint8) as masks:
             for name, tensor in masks:
-                plane[starts[name] // 8 : starts[name] // 8 + tensor.numel()] = tensor
+                packed_part = slice(starts[name] // 8, starts[name] // 8 + tensor.numel())
+                plane[packed_part] = _in_memory_order(entries[name], tensor)
         arena.planes.append(plane)
     shape = (len(tasks), len(numels))
     arena.num = _table([t.num for t in tasks], torch.float64, shape)
@@ -232,6 +236,14 @@ def _read_state(directory: Path, manifest: Manifest) -> UnifiedDelta:
     state.base_name = manifest.base_name
     state.base_fingerprints = manifest.base_fingerprints
     return state
+
+
+def _in_memory_order(entry: TensorSpec, packed_mask: Tensor) -> Tensor:
+    """A mask's bits in the order of the arena, from those in logical order."""
+    if entry.order == tuple(range(len(entry.order))):
+        return packed_mask
+    mask = unpack_bits(packed_mask, entry.numel).view(entry.shape)
+    return pack_bits(entry.flatten(mask))
 
 
 def _table(rows: list[list[float]], dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:

@@ -31,7 +31,8 @@ def check_writable(
     """
     if torch.is_grad_enabled():
         for name, tensor in out.items():
-            if tensor.requires_grad and tensor.is_leaf:
+            root = tensor._base if tensor._base is not None else tensor  # of a view
+            if root.requires_grad and root.is_leaf:
                 raise RuntimeError(
                     f"out, tensor {name!r}: a leaf that requires grad can only be written inside "
                     "torch.no_grad()"

@@ -21,6 +21,7 @@ from condu_ext.fingerprint import fingerprint
 from condu_ext.inputs import Model, describe, resolve
 from condu_ext.layout import Arena, ModelSpec, TensorSpec, empty_arena, group_by_device
 from condu_ext.rule import FusionRule
+from condu_ext.transfer import rearranged
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 Value = TypeVar("Value")
@@ -121,10 +122,9 @@ class UnifiedDelta:
 
     def mask(self, task: str) -> dict[str, Tensor]:
         """A task's mask by tensor name, bool, in the tensor's shape."""
-        position = self.position(task)
 
         def unpacked(arena: Arena, entry: TensorSpec, part: slice, k: int) -> Tensor:
-            plane = arena.planes[position][part.start // 8 : (part.stop + 7) // 8]
+            plane = arena.planes[self.position(task)][part.start // 8 : (part.stop + 7) // 8]
             return entry.unflatten(reference.unpack_bits(plane, entry.numel))
 
         return self._by_name(unpacked)
@@ -132,10 +132,9 @@ class UnifiedDelta:
     def packed_mask(self, task: str) -> dict[str, Tensor]:
         """A task's mask by tensor name, uint8 [ceil(numel / 8)], as ``numpy.packbits`` with
         ``bitorder="little"`` of the flattened mask; bits past the end are 0."""
-        position = self.position(task)
 
         def packed(arena: Arena, entry: TensorSpec, part: slice, k: int) -> Tensor:
-            plane = arena.planes[position][part.start // 8 : (part.stop + 7) // 8]
+            plane = arena.planes[self.position(task)][part.start // 8 : (part.stop + 7) // 8]
             if entry.order == tuple(range(len(entry.order))):
                 return plane.clone()
             mask = entry.unflatten(reference.unpack_bits(plane, entry.numel))
@@ -145,13 +144,11 @@ class UnifiedDelta:
 
     def rescaler(self, task: str) -> float | dict[str, float]:
         """λ of a task; with ``rescale="per_tensor"`` λ by tensor name. Synchronises a GPU."""
-        position = self.position(task)
-        table = {
-            name: float(value)
-            for name, value in self._by_name(
-                lambda arena, entry, part, k: arena.rescaler[position, k]
-            ).items()
-        }
+
+        def value(arena: Arena, entry: TensorSpec, part: slice, k: int) -> float:
+            return float(arena.rescaler[self.position(task), k])
+
+        table = self._by_name(value)
         return table if self.rule.rescale == "per_tensor" else next(iter(table.values()))
 
     def private(self, task: str) -> dict[str, Tensor]:
@@ -238,40 +235,13 @@ class UnifiedDelta:
         device = torch.device(device)
         with self.lock:
             self.check_whole()
-            numels = [entry.numel for entry in self.spec.tensors]
-            index = range(len(numels))
-            tasks = len(self._tasks)
-            target = empty_arena(index, numels, self.dtype, device)
-            target.planes = [
-                torch.zeros(target.u.numel() // 8, dtype=torch.uint8, device=device)
-                for _ in range(tasks)
-            ]
-            target.num, target.den, target.rescaler = (
-                torch.zeros(tasks, len(numels), dtype=dtype, device=where)
-                for dtype, where in (
-                    (torch.float64, "cpu"),
-                    (torch.float64, "cpu"),
-                    (torch.float32, device),
-                )
-            )
-            starts = target.starts
-            for arena in self.arenas:
-                for k, position in enumerate(arena.index):
-                    part = slice(arena.starts[k], arena.starts[k] + numels[position])
-                    start = starts[position]
-                    target.u[start : start + numels[position]] = arena.u[part].to(device)
-                    last = (numels[position] + 7) // 8
-                    for t in range(tasks):
-                        packed = arena.planes[t][part.start // 8 : part.start // 8 + last]
-                        target.planes[t][start // 8 : start // 8 + last] = packed.to(device)
-                columns = list(arena.index)
-                target.num[:, columns], target.den[:, columns] = arena.num, arena.den
-                target.rescaler[:, columns] = arena.rescaler.to(device)
+            orders = [entry.order for entry in self.spec.tensors]
+            _, arenas = rearranged(self.spec, self.arenas, [device] * len(orders), orders)
             private = {
                 task: {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
                 for task, tensors in self._private.items()
             }
-            return self.successor([target], tasks=self._tasks, private=private)
+            return self.successor(arenas, tasks=self._tasks, private=private)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state as a unified checkpoint; see :func:`condu_ext.storage.save`."""
