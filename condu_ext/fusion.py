@@ -45,7 +45,7 @@ from condu_ext.inputs import (
     with_rounding,
 )
 from condu_ext.layout import Arena, ModelSpec, group_by_device
-from condu_ext.rescale import apply_rescalers, check_finite
+from condu_ext.rescale import apply_rescalers, check_finite, warn_of
 from condu_ext.rule import FusionRule
 from condu_ext.transfer import rearranged
 from condu_ext.unified import UnifiedDelta, check_state_dtype, check_task_name
@@ -119,7 +119,7 @@ def unify(
         check_finite(num, tasks, tensor_names(spec, arena))
         check_finite(den, tasks, tensor_names(spec, arena))
         arenas.append(arena)
-    apply_rescalers(spec, arenas, rule, tasks, [True] * len(tasks))
+    warn_of(apply_rescalers(spec, arenas, rule, tasks, [True] * len(tasks)))
     kept = {task: private_tensors(spec, model) for task, model in models.items()}
     return UnifiedDelta(spec, arenas, tasks=tasks, rule=rule, dtype=dtype, private=kept)
 
@@ -203,7 +203,7 @@ def absorb(
                 Arena(arena.index, arena.numels, u, list(planes), num, den, arena.rescaler)
             )
         tasks = [*state.tasks, task]
-        apply_rescalers(state.spec, arenas, state.rule, tasks, _alive(state))
+        warn_of(apply_rescalers(state.spec, arenas, state.rule, tasks, _alive(state)))
         private = {t: state.private_of(t) for t in state.tasks} | {task: new.private}
         return state.successor(arenas, tasks=tasks, private=private, spec=new.spec)
 
@@ -257,8 +257,9 @@ def absorb_(
             arena.num, arena.den = num, den
         state.spec = new.spec
         state.add_task(task, new.private)
-        apply_rescalers(state.spec, state.arenas, state.rule, state.tasks, alive)
+        died = apply_rescalers(state.spec, state.arenas, state.rule, state.tasks, alive)
         state.mark_damaged(None)
+        warn_of(died)
 
 
 def _with_rule(
@@ -320,7 +321,7 @@ def merge(a: UnifiedDelta, b: UnifiedDelta, *, backend: str | None = None) -> Un
             num = torch.cat([left.num, right.num])
             arenas.append(Arena(left.index, left.numels, u, list(planes), num, den, left.rescaler))
         tasks = [*a.tasks, *b.tasks]
-        apply_rescalers(a.spec, arenas, a.rule, tasks, _alive(a, b))
+        warn_of(apply_rescalers(a.spec, arenas, a.rule, tasks, _alive(a, b)))
         private = {t: a.private_of(t) for t in a.tasks} | {t: b.private_of(t) for t in b.tasks}
         merged = a.successor(arenas, tasks=tasks, private=private)
         merged.base_name = a.base_name or b.base_name

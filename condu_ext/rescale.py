@@ -68,11 +68,15 @@ def apply_rescalers(
     rule: FusionRule,
     tasks: Sequence[str],
     alive: Sequence[bool],
-) -> None:
+) -> list[str]:
     """Set the rescalers of all arenas from their sums, and clear the masks of dead tasks.
 
     A task (with ``per_tensor``, a task's tensor) whose every element was outvoted, den = 0 < num,
-    gets λ = 0 and no mask bits, and stays so. ``alive`` says which tasks a warning is due for.
+    gets λ = 0 and no mask bits, and stays so.
+
+    Returns:
+        The tasks that died just now, of those that were ``alive``: :func:`warn_of` names them to
+        the user once the new state is complete, for a warning may be an exception.
     """
     columns = [k for arena in arenas for k in arena.index]
     inverse = torch.tensor(columns, dtype=torch.long, device="cpu").argsort()
@@ -81,6 +85,7 @@ def apply_rescalers(
     table = rescalers(rule, num, den, [entry.numel for entry in spec.tensors])
     for arena in arenas:
         arena.rescaler = table[:, list(arena.index)].to(arena.device)
+    died = []
     for t, task in enumerate(tasks):
         dead = (table[t] == 0) & (num[t] > 0)
         if not dead.any():
@@ -89,10 +94,17 @@ def apply_rescalers(
             for position, start, numel in zip(arena.index, arena.starts, arena.numels, strict=True):
                 if table[t, position] == 0:
                     arena.planes[t][start // 8 : (start + numel + 7) // 8] = 0
-        if alive[t] and (rule.rescale != "per_tensor" or bool((table[t] == 0).all())):
-            warnings.warn(
-                f"task {task!r} was outvoted on every parameter: its rescaler is 0, and it now "
-                "equals the pretrained model",
-                UserWarning,
-                stacklevel=4,
-            )
+        if alive[t] and bool((table[t] == 0).all()):
+            died.append(task)
+    return died
+
+
+def warn_of(died: Sequence[str]) -> None:
+    """One UserWarning for each task that was outvoted everywhere."""
+    for task in died:
+        warnings.warn(
+            f"task {task!r} was outvoted on every parameter: its rescaler is 0, and it now "
+            "equals the pretrained model",
+            UserWarning,
+            stacklevel=4,
+        )
