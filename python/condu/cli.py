@@ -1,0 +1,202 @@
+"""The command `condu`: demo, run, report, doctor.
+
+Only `doctor` works with the core dependencies alone, so everything heavy is imported inside the
+commands.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from condu.config import RunConfig
+
+app = typer.Typer(
+    help="Continual learning of vision-language models by model fusion.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+EXTRA = {
+    "accelerate": "accelerate",
+    "jinja2": "jinja2",
+    "matplotlib": "matplotlib",
+    "open_clip": "open_clip_torch",
+    "peft": "peft",
+    "pydantic": "pydantic",
+    "sklearn": "scikit-learn",
+    "torchvision": "torchvision",
+    "yaml": "pyyaml",
+}
+"""What the extra `train` brings: module and distribution."""
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print the final table only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder.", show_default="runs/demo, runs/demo-2, …")
+    ] = None,
+    tasks: Annotated[int | None, typer.Option(help="Only the first N tasks.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps for each task.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """ConDU beside its baselines on the benchmark that comes with the package."""
+    with _errors("demo", debug):
+        from condu.config import demo_config, make_config
+
+        values = demo_config().model_dump()
+        options = {
+            ("benchmark", "tasks"): tasks,
+            ("training", "steps"): steps,
+        }
+        for (section, key), value in options.items():
+            if value is not None:
+                values[section][key] = value
+        if seed is not None:
+            values["seed"] = seed
+        _run(make_config(values, "demo"), out or _free(Path("runs", "demo")), quiet=quiet)
+
+
+@app.command()
+def run(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file; each run leaves one as RUN/config.yaml.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder.", show_default="runs/<name of CONFIG>")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run what a configuration file describes."""
+    with _errors("run", debug):
+        from condu.config import load_config
+
+        loaded = load_config(config)
+        _run(loaded, out or Path("runs", config.stem), resume=resume, quiet=quiet)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    debug: Debug = False,
+) -> None:
+    """Tables of a finished run, and pictures of it in RUN/report."""
+    with _errors("report", debug):
+        from condu.report import matrix_table, summary_table
+        from condu.report.plots import save_plots
+        from condu.report.tables import protocols_of
+        from condu.runfolder import RunFolder
+
+        console = Console()
+        results = RunFolder(folder).load_results()
+        for name, method in results["methods"].items():
+            for protocol, _ in protocols_of(method):
+                console.print(matrix_table(results, name, protocol))
+        console.print(summary_table(results))
+        for file in save_plots(results, folder / "report"):
+            console.print(str(file), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, how the kernels were built, and which devices there are."""
+    import torch
+
+    import condu_ext
+
+    table = Table(title="condu", show_header=False)
+    facts: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    facts |= {f"condu_ext: {key}": value for key, value in condu_ext.build_info().items()}
+    facts["CPU"] = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        facts[f"GPU {index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
+    if not torch.cuda.is_available():
+        facts["GPU"] = "none that torch can use"
+    facts |= {name: _version(name) for name in EXTRA.values()}
+    for name, value in facts.items():
+        table.add_row(name, escape(str(value)))
+    Console().print(table)
+
+
+def _run(config: RunConfig, out: Path, *, resume: bool = False, quiet: bool) -> None:
+    from condu.progress import RunProgress
+    from condu.report import summary_table
+    from condu.trainer import ContinualTrainer
+
+    # under a launcher several processes run this command: one of them talks
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    progress = RunProgress(console, quiet=quiet)
+    progress.line(f"run folder: {out}")
+    trainer = ContinualTrainer.from_config(config, out, progress=progress)
+    try:
+        results = trainer.run(resume=resume)
+    except KeyboardInterrupt:
+        _complain(f"interrupted; to go on: condu run {out / 'config.yaml'} --out {out} --resume")
+        raise typer.Exit(130) from None
+    console.print(summary_table(results))
+    progress.line(f"numbers: {out / 'results.json'}; tables and pictures: condu report {out}")
+
+
+def _free(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, … that does not exist."""
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return 'not installed (comes with "condu\\[train]")'
+
+
+@contextmanager
+def _errors(command: str, debug: bool) -> Iterator[None]:
+    """Turn what a user can put right into one line and exit status 2."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "").partition(".")[0] not in EXTRA:
+            raise
+        _complain(f'condu {command} needs {error.name}: pip install "condu[train]"')
+        raise typer.Exit(2) from None
+    except typer.Exit:  # a RuntimeError too
+        raise
+    except (ValueError, KeyError, OSError, RuntimeError, FloatingPointError) as error:
+        if debug:
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        _complain(" ".join(str(message).split()))
+        raise typer.Exit(2) from None
+
+
+def _complain(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,240 @@
+"""What a run is made of: benchmark, model, methods, training, fusion, voting, seed.
+
+A configuration is a YAML file. Every key is checked; an unknown key or a wrong value raises
+`ConfigError`, whose one-line message names the file and the key. The defaults are the settings of
+ConDU for CLIP ViT-B/16 (arXiv 2503.10705).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from condu.evaluation import Protocol
+from condu.voting import SemanticVoting
+from condu_ext import FusionRule
+
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what it held."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class BenchmarkConfig(_Section):
+    """Which tasks, in which order. `tasks` keeps only the first n of the order."""
+
+    name: str = "mini"
+    seed: int = Field(default=0, ge=0)
+    order: tuple[str, ...] | None = None
+    tasks: int | None = Field(default=None, ge=1)
+
+
+class ModelConfig(_Section):
+    """An open_clip model: `mini` is the one that comes with the package; `pretrained` is a tag of
+    open_clip's or a local file."""
+
+    name: str = "mini"
+    pretrained: str | None = None
+
+
+class TrainingConfig(_Section):
+    """Fine-tuning of one task: AdamW, linear warm-up over the share `warmup` of the steps, then
+    cosine to 0."""
+
+    steps: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    lr: float = Field(default=1e-5, gt=0)
+    task_lr: dict[str, float] = Field(default_factory=dict)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.2, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    @field_validator("task_lr")
+    @classmethod
+    def _positive(cls, rates: dict[str, float]) -> dict[str, float]:
+        for task, rate in rates.items():
+            if rate <= 0:
+                raise ValueError(f"task {task!r}: must be greater than 0, got {rate}")
+        return rates
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"each must be at least 0 and less than 1, got {list(betas)}")
+        return betas
+
+    def learning_rate_of(self, task: str) -> float:
+        """The peak learning rate for a task: its own from `task_lr`, else `lr`."""
+        return self.task_lr.get(task, self.lr)
+
+
+class FusionConfig(_Section):
+    """How delta models are unified, see `condu_ext.FusionRule`, and the unified model's dtype."""
+
+    zero_sum: Literal["negative", "positive", "zero"] = "negative"
+    rescale: Literal["global", "tensor_mean", "per_tensor"] = "global"
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def rule(self) -> FusionRule:
+        return FusionRule(zero_sum=self.zero_sum, rescale=self.rescale)
+
+
+class VotingConfig(_Section):
+    """A preset of `condu.voting.SemanticVoting`; each field that is given replaces the preset's."""
+
+    preset: Literal["paper", "code"] = "paper"
+    k: int | None = Field(default=None, ge=1)
+    weights: Literal["similarity", "uniform", "softmax"] | None = None
+    temperature: float | None = Field(default=None, gt=0)
+    include_pretrained: bool | None = None
+    space: Literal["probabilities", "logits"] | None = None
+
+    def voting(self) -> SemanticVoting:
+        given = self.model_dump(exclude={"preset"}, exclude_none=True)
+        return dataclasses.replace(SemanticVoting.preset(self.preset), **given)
+
+
+class EvaluationConfig(_Section):
+    batch_size: int = Field(default=256, ge=1)
+
+
+class RunConfig(_Section):
+    """Everything that decides the numbers of a run; device and processes come from `accelerate`."""
+
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    model: ModelConfig = ModelConfig()
+    methods: tuple[str, ...] = Field(
+        default=("zero_shot", "individual", "sequential", "condu"), min_length=1
+    )
+    protocols: tuple[Protocol, ...] = Field(default=PROTOCOLS, min_length=1)
+    training: TrainingConfig = TrainingConfig()
+    fusion: FusionConfig = FusionConfig()
+    voting: VotingConfig = VotingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: int = Field(default=42, ge=0)
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        from condu.methods import METHODS  # the methods import this module
+
+        for name in names:
+            if name not in METHODS:
+                raise ValueError(f"unknown method {name!r}, there are: {', '.join(METHODS)}")
+        return _unique(names)
+
+    @field_validator("protocols")
+    @classmethod
+    def _unique_protocols(cls, names: tuple[Protocol, ...]) -> tuple[Protocol, ...]:
+        return _unique(names)
+
+    @model_validator(mode="after")
+    def _something_to_measure(self) -> RunConfig:
+        from condu.methods import METHODS
+
+        for name in self.methods:
+            offered = METHODS[name].protocols
+            if not set(offered) & set(self.protocols):
+                raise ValueError(
+                    f"methods: {name!r} needs the protocol {' or '.join(offered)}, "
+                    f"but protocols has only: {', '.join(self.protocols)}"
+                )
+        return self
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: object) -> object:
+        return "no" if value is False else value  # YAML reads a bare `no` as false
+
+    def to_yaml(self) -> str:
+        """The complete configuration, defaults included, as YAML that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | os.PathLike[str]) -> RunConfig:
+    """Read and check a YAML file. Raises `ConfigError`, which names the file and the key, and
+    `OSError` if there is no such file."""
+    source = os.fspath(path)
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: must hold keys and values, found {type(values).__name__}")
+    return make_config(values, source)
+
+
+def demo_config() -> RunConfig:
+    """The configuration of `condu demo`, which comes with the package."""
+    return load_config(Path(__file__).parent / "configs" / "mini.yaml")
+
+
+def make_config(values: Mapping[str, Any], source: str = "config") -> RunConfig:
+    """A checked configuration from a nested mapping; a `ConfigError` begins with `source`."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_explain(problem) for problem in error.errors())
+        raise ConfigError(f"{source}: {problems}") from None
+
+
+def difference(old: RunConfig, new: RunConfig) -> str | None:
+    """The first key in which two configurations differ, with both values, or None."""
+    values = dict(_leaves(old.model_dump(mode="json")))
+    others = dict(_leaves(new.model_dump(mode="json")))
+    for key in values | others:
+        if values.get(key) != others.get(key):
+            return f"{key} was {values.get(key)!r} and is now {others.get(key)!r}"
+    return None
+
+
+def _unique(names: tuple[Any, ...]) -> tuple[Any, ...]:
+    twice = [name for position, name in enumerate(names) if name in names[:position]]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is listed twice")
+    return names
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _explain(problem: Any) -> str:
+    """One of pydantic's problems as `key: what is wrong`."""
+    location = problem["loc"]
+    key = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(location[-1]), _keys_at(location[:-1]), n=1)
+        return f"unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else "")
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+
+
+def _keys_at(location: tuple[Any, ...]) -> list[str]:
+    section: Any = RunConfig
+    for part in location:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)

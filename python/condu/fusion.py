@@ -1,0 +1,340 @@
+"""ConDU round a live module: fine-tune, absorb into the unified model, answer with any expert."""
+
+from __future__ import annotations
+
+import glob
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import condu_ext as cx
+from condu_ext import FusionRule, UnifiedDelta
+
+_DEFAULT_RULE = FusionRule()
+
+
+class ConDU:
+    """Continual decoupling and unifying of one module (arXiv 2503.10705).
+
+    Made while the model holds the pretrained weights θ_0, which are remembered. Then, per task::
+
+        optimizer = AdamW(model.parameters())  # a new one: the weights jump back after each task
+        train(model, optimizer)
+        fusion.absorb("dtd")  # the live weights join the unified model; the model is at θ_0 again
+        with fusion.expert("dtd"):
+            answer(model)  # with the weights of this task
+
+    What belongs to the unified model are the floating-point parameters that require grad now, with
+    names canonical (``module.`` and ``_orig_mod.`` of DistributedDataParallel and torch.compile
+    stripped) and matched by ``include`` (all, if None) but not by ``exclude`` (fnmatch patterns;
+    CLIP's ``logit_scale`` by default). Persistent floating-point buffers that pass the same
+    filters, such as BatchNorm statistics, are private: kept whole per task. ``private`` replaces
+    that choice by patterns over parameters and buffers.
+
+    Everything else that training can change (excluded trainable parameters, other persistent
+    buffers) stays the base model's: it is put back to θ_0 whenever weights are written, and
+    ``absorb`` warns when the change of a floating-point tensor is lost so. Parameters that do not
+    require grad when the object is made are neither stored nor touched.
+
+    Weights are written in place: parameters stay the same objects. Optimiser state is the caller's,
+    and gradients are set to None, for they belong to weights that are gone. Tensors are looked up
+    by name on each call, so a model may be moved to another device or get its weights by
+    ``load_state_dict`` between calls; θ_0 and the state follow it to its device. With
+    ``offload="cpu"`` both stay in host memory, all fusing is done there, and the GPU holds the live
+    weights only.
+
+    ``state`` is the ``condu_ext.UnifiedDelta``; its ``drop`` and ``rename`` may be used at any
+    time.
+    """
+
+    state: UnifiedDelta
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rule: FusionRule = _DEFAULT_RULE,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = ("*logit_scale",),
+        offload: Literal["cpu"] | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        private: Sequence[str] | None = None,
+    ) -> None:
+        for option, patterns in (("include", include), ("exclude", exclude), ("private", private)):
+            if isinstance(patterns, str):
+                raise TypeError(f"{option} must be a list of patterns, got the string {patterns!r}")
+        chosen = {
+            name: tensor
+            for name, tensor in _changeable(_named_tensors(model)).items()
+            if tensor.is_floating_point()
+            and (include is None or _matches(name, include))
+            and not _matches(name, exclude)
+        }
+        trainable = [name for name, tensor in chosen.items() if _is_parameter(tensor)]
+        if not trainable:
+            raise ValueError(
+                "no trainable floating-point parameter is left to fuse:"
+                f" include={include!r}, exclude={exclude!r}"
+            )
+        buffers = [name for name in chosen if name not in trainable]
+        if private is None:
+            private = [glob.escape(name) for name in buffers]
+        names = trainable + [name for name in buffers if _matches(name, private)]
+        self._remember(model, names, offload)
+        self.state = UnifiedDelta.empty(
+            self.pretrained, rule=rule, dtype=state_dtype, private=tuple(private)
+        )
+
+    def _remember(
+        self, model: nn.Module, names: Iterable[str], offload: Literal["cpu"] | None
+    ) -> None:
+        if offload not in (None, "cpu"):
+            raise ValueError(f"offload must be None or 'cpu', got {offload!r}")
+        named = _named_tensors(model)
+        names = set(names)
+        self._model = model
+        self._offload = offload
+        remembered = names.union(_changeable(named))
+        base = _copy(
+            {name: tensor for name, tensor in named.items() if name in remembered},
+            torch.device("cpu") if offload else None,
+        )
+        self._names = tuple(name for name in base if name in names)
+        # an excluded name tied to a fused one is no tensor of its own: restoring would undo that
+        fused = {id(base[name]) for name in self._names}
+        self._base = {n: t for n, t in base.items() if n in names or id(t) not in fused}
+        self._active: str | None = None
+        self._in_expert_block = False
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Absorbed tasks in order."""
+        return self.state.tasks
+
+    @property
+    def active(self) -> str | None:
+        """The task whose expert is in the live weights, None at θ_0 and while fine-tuning."""
+        return self._active
+
+    @property
+    def pretrained(self) -> Mapping[str, Tensor]:
+        """θ_0 of everything in the state, by canonical name. Not copies: do not write to them."""
+        return MappingProxyType({name: self._base[name] for name in self._names})
+
+    def absorb(self, task: str) -> None:
+        """Take the live weights as the task's fine-tuned model into the state, and return the model
+        to θ_0.
+
+        The new state is made beside the old one before anything is changed: after an error (task
+        name used twice, NaN, a changed dtype or shape; see ``condu_ext.absorb``) state and live
+        weights are what they were. RuntimeError while an expert is active.
+        """
+        if self._active is not None:
+            raise RuntimeError(
+                f"cannot absorb task {task!r} while expert {self._active!r} is active: call reset()"
+                " and fine-tune from the pretrained weights"
+            )
+        live = self._live()
+        finetuned = {name: live[name].detach() for name in self._names}
+        if _devices(finetuned) != _devices(self.pretrained):
+            finetuned = _copy(finetuned, torch.device("cpu"))
+        self.state = cx.absorb(self.state, task, finetuned, self.pretrained)
+        lost = self._lost_changes(live)
+        self._restore(live, self._base)
+        if lost:
+            warnings.warn(
+                f"task {task!r}: the changes of {', '.join(lost)} are lost, for these tensors are"
+                " excluded from the fusion; they are back at their pretrained values",
+                stacklevel=2,
+            )
+
+    def activate(self, task: str) -> None:
+        """Write the task's decoupled weights into the live model, until ``reset``.
+
+        Overwrites what the live model holds. KeyError for an unknown task, RuntimeError inside an
+        ``expert`` block.
+        """
+        self._refuse_in_expert_block("activate()")
+        self._write_expert(task)
+
+    def reset(self) -> None:
+        """Write θ_0 into the live model. Fine-tuned weights that were not absorbed are lost.
+        RuntimeError inside an ``expert`` block.
+        """
+        self._refuse_in_expert_block("reset()")
+        self._restore(self._live(), self._base)
+        self._active = None
+
+    @contextmanager
+    def expert(self, task: str) -> Iterator[nn.Module]:
+        """The model with the task's decoupled weights; θ_0 is back at the end of the block, also
+        after an error.
+
+        RuntimeError while an expert is active already: blocks do not nest.
+        """
+        if self._active is not None:
+            raise RuntimeError(
+                f"cannot enter expert {task!r} while expert {self._active!r} is active"
+            )
+        self._write_expert(task)
+        self._in_expert_block = True
+        try:
+            yield self._model
+        finally:
+            self._in_expert_block = False
+            self.reset()
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write the state with fingerprints of θ_0 (not θ_0 itself) into a directory; crash-safe,
+        see ``UnifiedDelta.save``.
+        """
+        if not self.state.base_fingerprints:
+            self.state.record_base(self.pretrained)
+        self.state.save(path)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        offload: Literal["cpu"] | None = None,
+    ) -> ConDU:
+        """Read a saved state for a model that holds the same θ_0; which tensors belong to it is
+        what the state says.
+
+        KeyError when the model lacks one of them, ValueError naming the first tensor that is not
+        the one it was saved with.
+        """
+        state = UnifiedDelta.load(path)
+        named = _named_tensors(model)
+        # a state without tasks knows its private tensors by pattern only
+        names = {n for n in _changeable(named) if _matches(n, state.spec.private)}.union(
+            state.delta, *(state.private(task) for task in state.tasks)
+        )
+        for name in sorted(names):
+            if name not in named:
+                raise KeyError(f"{os.fspath(path)}: the model has no tensor {name!r}")
+        fusion = cls.__new__(cls)
+        fusion._remember(model, names, offload)
+        state.verify_base(fusion.pretrained)
+        devices = _devices(fusion.pretrained)
+        moved = len(devices) == 1 and devices != _devices(state.delta)
+        fusion.state = state.to(devices.pop()) if moved else state
+        return fusion
+
+    def _write_expert(self, task: str) -> None:
+        live = self._live()
+        mine = {name: live[name].detach() for name in self._names}
+        if _devices(mine) == _devices(self.pretrained):
+            with torch.no_grad():
+                cx.decouple_(self.state, task, self.pretrained, out=mine)
+        else:
+            _write(mine, cx.decouple(self.state, task, self.pretrained))
+        self._restore(live, [name for name in self._base if name not in mine])
+        self._active = task
+
+    def _restore(self, live: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        """Put θ_0 into the named live tensors; gradients of all of them belong to other weights."""
+        _write(live, {name: self._base[name] for name in names})
+        for tensor in live.values():
+            tensor.grad = None
+
+    def _live(self) -> dict[str, Tensor]:
+        """The live tensors with a known θ_0, looked up anew, for they may have been replaced."""
+        named = _named_tensors(self._model)
+        for name, base in self._base.items():
+            if name not in named:
+                raise KeyError(f"the model no longer has tensor {name!r}")
+            if named[name].shape != base.shape:
+                raise ValueError(
+                    f"tensor {name!r} of the model has shape {list(named[name].shape)},"
+                    f" its pretrained weights {list(base.shape)}"
+                )
+        live = {name: named[name] for name in self._base}
+        devices = _devices(live)
+        if self._offload is None and len(devices) == 1 and devices != _devices(self._base):
+            device = devices.pop()
+            self._base = _copy(self._base, device)
+            self.state = self.state.to(device)
+        return live
+
+    def _lost_changes(self, live: Mapping[str, Tensor]) -> list[str]:
+        return [
+            name
+            for name, base in self._base.items()
+            if name not in self._names
+            and base.is_floating_point()
+            and not torch.equal(live[name].detach().to(base.device, base.dtype), base)
+        ]
+
+    def _refuse_in_expert_block(self, call: str) -> None:
+        if self._in_expert_block:
+            raise RuntimeError(f"{call} inside the block of expert {self._active!r}")
+
+
+def canonical_name(name: str) -> str:
+    """A tensor's name without what wrappers add: leading ``module.``, ``_orig_mod.`` anywhere."""
+    segments = [segment for segment in name.split(".") if segment != "_orig_mod"]
+    while len(segments) > 1 and segments[0] == "module":
+        del segments[0]
+    return ".".join(segments)
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by canonical name, tied ones under each of their names."""
+    saved = model.state_dict().keys()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *((n, b) for n, b in model.named_buffers(remove_duplicate=False) if n in saved),
+    ):
+        canonical = canonical_name(name)
+        if canonical in tensors:
+            raise ValueError(
+                f"two tensors have the same canonical name {canonical!r}: one is {name!r}"
+            )
+        tensors[canonical] = tensor
+    return tensors
+
+
+def _changeable(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What training can change: parameters that require grad, and buffers."""
+    return {n: t for n, t in named.items() if t.requires_grad or not _is_parameter(t)}
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _devices(tensors: Mapping[str, Tensor]) -> set[torch.device]:
+    return {tensor.device for tensor in tensors.values()}
+
+
+def _copy(tensors: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
+    """Copies, on ``device`` or each where it is; tied tensors are tied again."""
+    copies: dict[tuple[object, ...], Tensor] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        if key not in copies:
+            copies[key] = tensor.detach().to(device or tensor.device, copy=True)
+        result[name] = copies[key]
+    return result
+
+
+@torch.no_grad()
+def _write(out: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        out[name].copy_(value)

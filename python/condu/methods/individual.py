@@ -1,0 +1,44 @@
+"""One fine-tuned model for each task, all kept: the upper line, at T times the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from condu.methods.base import Method, Seconds, register
+from condu.workspace import Workspace
+
+if TYPE_CHECKING:
+    from condu.evaluation import Protocol
+
+
+@register
+class Individual(Method):
+    """A seen task is answered by its own model, an unseen one by the pretrained model. There is
+    nothing to choose a model by when the task is unknown, so the only protocol is `task-id`."""
+
+    name: ClassVar[str] = "individual"
+    protocols: ClassVar[tuple[Protocol, ...]] = ("task-id",)
+
+    def __init__(self, workspace: Workspace) -> None:
+        super().__init__(workspace)
+        self._accuracy: dict[int, float] = {}
+
+    def learn(self, index: int) -> Seconds:
+        return Seconds(train=self.workspace.finetune(index).seconds)
+
+    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
+        row = [
+            self._own_accuracy(j) if j <= index else self.workspace.zero_shot_accuracy(j)
+            for j in range(len(self.workspace.benchmark))
+        ]
+        return {protocol: row for protocol in protocols}
+
+    def _own_accuracy(self, index: int) -> float:
+        """Accuracy of a task's own model, which never changes: measured once."""
+        if index not in self._accuracy:
+            workspace = self.workspace
+            with workspace.using(workspace.finetuned(index).load()):
+                task = workspace.benchmark.tasks[index]
+                self._accuracy[index] = workspace.evaluator.accuracy(task)
+        return self._accuracy[index]

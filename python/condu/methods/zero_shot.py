@@ -1,0 +1,25 @@
+"""The pretrained model, never trained: the line that Transfer is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from condu.methods.base import Method, Seconds, register
+
+if TYPE_CHECKING:
+    from condu.evaluation import Protocol
+
+
+@register
+class ZeroShot(Method):
+    """One model for every image, so both protocols are the same."""
+
+    name: ClassVar[str] = "zero_shot"
+
+    def learn(self, index: int) -> Seconds:
+        return Seconds()
+
+    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
+        row = [self.workspace.zero_shot_accuracy(j) for j in range(len(self.workspace.benchmark))]
+        return {protocol: list(row) for protocol in protocols}

@@ -1,0 +1,55 @@
+"""What a run shows while it works: a bar on a terminal, one line per finished step elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class RunProgress:
+    """Progress of a run on `console`; with `quiet` nothing is shown. The default is quiet."""
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console(quiet=True)
+        self.quiet = quiet or console is None
+
+    def line(self, text: str) -> None:
+        """One finished step."""
+        if not self.quiet:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def steps(self, label: str, total: int) -> Iterator[Callable[[float], None]]:
+        """A bar of `total` steps with the loss and the time left; call what it yields with the loss
+        after each step. Shown on a terminal only, and removed when it is full."""
+        if self.quiet or not self.console.is_terminal:
+            yield _ignore
+            return
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        with bar:
+            task = bar.add_task(label, total=total, loss="–")
+            yield lambda loss: bar.update(task, advance=1, loss=f"{loss:.3f}")
+
+
+def _ignore(loss: float) -> None:
+    pass

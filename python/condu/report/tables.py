@@ -1,0 +1,72 @@
+"""The results of a run as tables for the terminal. Numbers are rounded here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+UNDEFINED = "–"
+NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
+"""No vertical lines, so that seven tasks fit into 80 columns."""
+
+
+def protocols_of(method: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The protocols that a method was evaluated with, each with its matrix and summary."""
+    for key, value in method.items():
+        if key != "seconds":
+            yield key, value
+
+
+def summary_table(results: Mapping[str, Any]) -> Table:
+    """One line a method: Transfer, Average, Last with the task known, Average and Last without, and
+    the seconds spent training and fusing. Accuracies in percent."""
+    tasks = len(results["tasks"])
+    table = Table(
+        title=f"{results['benchmark']}: {tasks} task{'s' * (tasks > 1)}, seed {results['seed']}",
+        caption="accuracy in percent; task-id, agnostic: with and without the task given",
+        **NARROW,
+    )
+    table.add_column("method", no_wrap=True)
+    for column in (
+        "Transfer\ntask-id",
+        "Average\ntask-id",
+        "Last\ntask-id",
+        "Average\nagnostic",
+        "Last\nagnostic",
+        "seconds\ntraining",
+        "seconds\nfusing",
+    ):
+        table.add_column(column, justify="right")
+    for name, method in results["methods"].items():
+        known, unknown = method.get("task-id", {}), method.get("agnostic", {})
+        table.add_row(
+            name,
+            *(percent(known.get(metric)) for metric in ("transfer", "average", "last")),
+            *(percent(unknown.get(metric)) for metric in ("average", "last")),
+            f"{method['seconds']['train']:.1f}",
+            f"{method['seconds']['fuse']:.3f}",
+        )
+    return table
+
+
+def matrix_table(results: Mapping[str, Any], method: str, protocol: str) -> Table:
+    """Accuracy on every dataset (columns) after each task (rows); what was not yet trained on is
+    dim."""
+    tasks = results["tasks"]
+    table = Table(title=f"{method}, {protocol} (%)", **NARROW)
+    table.add_column("after learning")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for i, row in enumerate(results["methods"][method][protocol]["matrix"]):
+        cells = [percent(value) for value in row]
+        unseen = [f"[dim]{cell}" for cell in cells[i + 1 :]]
+        table.add_row(tasks[i], *cells[: i + 1], *unseen)
+    return table
+
+
+def percent(value: float | None) -> str:
+    """A percentage with one decimal; a dash for what was not measured or is not defined."""
+    return UNDEFINED if value is None else f"{value:.1f}"

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from condu.models import load_clip
+from condu.tasks.mini import draw
+from condu.tasks.mini.model import image_tensor
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return load_clip("mini")
+
+
+def test_mini_encodes_images_and_texts_into_one_unit_sphere(mini):
+    image = Image.new("RGB", (draw.SIZE, draw.SIZE), (200, 10, 10))
+    with torch.no_grad():
+        images = mini.model.encode_image(mini.test_transform(image)[None], normalize=True)
+        texts = mini.model.encode_text(mini.tokenize(["a red circle", "a star"]), normalize=True)
+        assert images.shape == (1, texts.shape[1])
+        assert len(texts) == 2
+        assert torch.allclose(texts.norm(dim=1), torch.ones(2))
+        assert torch.isfinite(mini.model.logit_scale.exp())
+
+
+def test_mini_is_in_eval_mode_with_trainable_fp32_parameters(mini):
+    assert not mini.model.training
+    assert {p.dtype for p in mini.model.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in mini.model.parameters())
+
+
+def test_every_call_returns_a_model_of_its_own(mini):
+    other = load_clip("mini")
+    for p in other.model.parameters():
+        p.data.zero_()
+    assert all(p.any() for p in mini.model.parameters() if p.ndim > 1)
+
+
+def test_test_transform_is_what_pretraining_saw(mini):
+    pixels = torch.arange(draw.SIZE * draw.SIZE * 3, dtype=torch.uint8)
+    pixels = pixels.reshape(draw.SIZE, draw.SIZE, 3).numpy()
+    assert torch.allclose(
+        mini.test_transform(Image.fromarray(pixels)), image_tensor(pixels[None])[0], atol=1e-6
+    )
+
+
+def test_train_transform_crops_at_random(mini):
+    image = Image.linear_gradient("L").convert("RGB")
+    torch.manual_seed(0)
+    first, second = mini.train_transform(image), mini.train_transform(image)
+    assert first.shape == second.shape == (3, draw.SIZE, draw.SIZE)
+    assert not torch.equal(first, second)
+
+
+def test_open_clip_models_load_from_a_local_file(tmp_path):
+    torch.manual_seed(0)
+    source = load_clip("ViT-S-32-alt")
+    torch.save(source.model.state_dict(), tmp_path / "weights.pt")
+    loaded = load_clip("ViT-S-32-alt", str(tmp_path / "weights.pt"))
+    assert loaded.name == "ViT-S-32-alt"
+    assert not loaded.model.training
+    for a, b in zip(source.model.parameters(), loaded.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    image = Image.new("RGB", (300, 200))
+    assert loaded.test_transform(image).shape == loaded.train_transform(image).shape
+    tokens = loaded.tokenize(["a zebra"])
+    assert tokens.dtype == torch.int64
+    assert len(tokens) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("no-such-model", None, "unknown model 'no-such-model'"),
+        ("ViT-B-32", "no-such-tag", "unknown weights 'no-such-tag' for model 'ViT-B-32'"),
+        ("mini", "openai", "'mini' ships its weights, got pretrained='openai'"),
+    ],
+)
+def test_unknown_models_and_weights_are_named(name, pretrained, message):
+    with pytest.raises(ValueError, match=message):
+        load_clip(name, pretrained)
