@@ -175,10 +175,16 @@ def glyphs(characters: list[str], fonts: list[str], x: Field, y: Field) -> Field
     return upper * (1 - fr) + lower * fr
 
 
-def scatter(rng: np.random.Generator, n: int, cells: int, jitter: float) -> np.ndarray:
-    """Pixel centres [n, cells², 2] of a jittered ``cells`` × ``cells`` grid, in random order."""
-    pitch = SIZE / cells
-    grid = (np.stack(np.meshgrid(np.arange(cells), np.arange(cells)), -1) + 0.5) * pitch
+def scatter(
+    rng: np.random.Generator, n: int, cells: int, jitter: float, margin: float = 0.0
+) -> np.ndarray:
+    """Pixel centres [n, cells², 2] of a jittered ``cells`` × ``cells`` grid, in random order.
+
+    The grid covers the image but for ``margin`` pixels on each side.
+    """
+    pitch = (SIZE - 2 * margin) / cells
+    axes = np.meshgrid(np.arange(cells), np.arange(cells))
+    grid = (np.stack(axes, -1) + 0.5) * pitch + margin
     order = rng.permuted(np.tile(np.arange(cells * cells), (n, 1)), axis=1)
     return grid.reshape(-1, 2)[order] + rng.uniform(-jitter, jitter, (n, cells * cells, 2))
 
