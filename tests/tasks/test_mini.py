@@ -161,6 +161,13 @@ def test_scatter_keeps_places_apart():
     assert places.max() < draw.SIZE
 
 
+def test_scatter_leaves_a_margin():
+    places = draw.scatter(np.random.default_rng(0), 10, 4, 0.0, margin=4.0)
+    pitch = (draw.SIZE - 8) / 4
+    assert places.min() == 4 + pitch / 2
+    assert places.max() == draw.SIZE - 4 - pitch / 2
+
+
 @pytest.mark.parametrize("domain", DOMAINS, ids=lambda d: d.name)
 def test_a_look_draws_a_single_image(domain):
     canvas = domain.look(np.random.default_rng(0), np.array([1]))

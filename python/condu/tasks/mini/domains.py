@@ -117,7 +117,7 @@ def _counting(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     n = len(labels)
     canvas = _ramp(_tones(rng, n, 0.1, 0.3), _tones(rng, n, 0.3, 0.5), draw.clouds(rng, n, 3))
     kind = rng.integers(len(MARKS), size=n)
-    places = draw.scatter(rng, n, 4, 0.8, margin=2.5)
+    places = draw.scatter(rng, n, 4, 0.8, margin=1.5)
     for i in range(labels.max() + 1):
         radius = rng.uniform(2.2, 3.4, n)
         x, y = draw.frame(places[:, i], radius, rng.uniform(-0.8, 0.8, n))

@@ -28,9 +28,7 @@ WARM_UP = 0.05  # share of the steps
 WEIGHT_DECAY = 0.05
 MAX_LOGIT_SCALE = math.log(100)
 CORPUS_STREAM = 0x636F72707573  # keeps the corpus's random stream apart from every task's
-
-
-LOG_EVERY = 100
+LOG_EVERY = 100  # steps
 CHUNK = 8  # batches rendered at a time
 
 
