@@ -35,6 +35,7 @@ class Table:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+        self.copy_rate: float | None = None  # GB/s of torch's copy, bytes read and written
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -53,13 +54,20 @@ class Table:
             f"| {r.pytorch_mib:,.0f} | {r.condu_mib:,.0f} |"
             for r in self.rows
         ]
+        if self.copy_rate:
+            lines += ["", f"torch's copy in the same run: {self.copy_rate:.1f} GB/s"]
         return ["", machine(), "", *lines]
 
     def write(self, folder: Path) -> None:
         """``fusion.json`` and ``fusion.md`` in the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         figures = [asdict(row) | {"speedup": row.speedup} for row in self.rows]
-        record = {"machine": machine(), "date": date.today().isoformat(), "rows": figures}
+        record = {
+            "machine": machine(),
+            "date": date.today().isoformat(),
+            "copy_gigabytes_per_second": self.copy_rate,
+            "rows": figures,
+        }
         (folder / "fusion.json").write_text(json.dumps(record, indent=1) + "\n")
         (folder / "fusion.md").write_text("\n".join(self.lines()[1:]) + "\n")
 

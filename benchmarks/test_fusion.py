@@ -75,6 +75,14 @@ def seven(finetuned: Mapping[str, Weights], pretrained: Weights) -> cx.UnifiedDe
     return cx.unify(dict(list(finetuned.items())[:-1]), pretrained)
 
 
+def test_copy(parameters: int, table: Table) -> None:
+    """What torch's copy of as many fp32 values moves: a mark to hold the rates against."""
+    source, target = torch.randn(parameters), torch.empty(parameters)
+    target.copy_(source)
+    table.copy_rate = 8 * parameters / seconds(lambda: target.copy_(source), ROUNDS) / 1e9
+    assert torch.equal(source, target)
+
+
 def test_unify(
     benchmark: BenchmarkFixture,
     finetuned: Mapping[str, Weights],
