@@ -198,7 +198,7 @@ def test_decouple(
     table: Table,
 ) -> None:
     task = seven.tasks[3]
-    live = {name: torch.empty_like(value) for name, value in pretrained.items()}
+    live = {name: value.clone() for name, value in pretrained.items()}
     masks, u, rescaler = seven.mask(task), seven.delta, rescaler_of(seven, task)
 
     def straight() -> dict[str, Tensor]:
