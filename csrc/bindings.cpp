@@ -219,6 +219,16 @@ PYBIND11_MODULE(_C, m) {
           return num;
         });
 
+  m.def("copy", [](uint64_t to, uint64_t from, int64_t bytes, int threads) {
+    int status;
+    {
+      py::gil_scoped_release release;
+      status = condu_copy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes,
+                          threads);
+    }
+    raise_for(status, "copy");
+  });
+
   m.def("add_chunks", [](const Array<int64_t>& numel, const Array<int64_t>& offset,
                          const Array<double>& chunk_sums) {
     const Layout layout(numel, offset);

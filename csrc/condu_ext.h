@@ -95,6 +95,9 @@ int condu_decouple(const condu_layout* layout, const condu_state* expert, const 
 int condu_measure(const condu_layout* layout, const condu_model* model, const condu_model* base,
                   double* num, int threads);
 
+// Copies with stores past the caches, from all threads: what a kernel's bandwidth is compared with.
+int condu_copy(void* to, const void* from, int64_t bytes, int threads);
+
 // Adds rows of chunk sums in chunk order: sums[rows][tensors] from chunk_sums[rows][chunks].
 void condu_add_chunks(const condu_layout* layout, int64_t rows, const double* chunk_sums,
                       double* sums);

@@ -1,6 +1,6 @@
 // Kernels for AVX-512 F, BW, DQ and VL; compiled with that instruction set's flags alone.
 #include "cpu/simd_avx512.h"
-#include "cpu/fusion_body.h"
+#include "cpu/table.h"
 
 namespace condu {
 extern const Kernels kAvx512Kernels = CONDU_KERNELS("avx512");

@@ -2,7 +2,7 @@
 // flags alone.
 #define CONDU_ONE_KIND
 #include "cpu/simd_baseline.h"
-#include "cpu/fusion_body.h"
+#include "cpu/table.h"
 
 namespace condu {
 extern const Kernels kBaselineKernels = CONDU_KERNELS("baseline");

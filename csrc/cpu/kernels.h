@@ -9,6 +9,16 @@
 
 namespace condu {
 
+enum {
+  kLanes = 16,
+  kVectors = 4,
+  kStep = kLanes * kVectors,  // elements taken at once
+  kBlock = CONDU_ALIGN,       // elements of a cache line of mask bits
+  kSteps = kBlock / kStep,    // steps of a block
+  kSummed = 4,                // steps whose sums are added in fp32
+  kLine = kBlock / 8,         // bytes of a cache line
+};
+
 // One contiguous tensor, from the chunk's first element on.
 struct Stream {
   const void* data;  // null: absent (a base of zeros)
@@ -22,10 +32,15 @@ struct Triggers {
   int32_t tasks;
 };
 
-// Per-thread accumulators: `rows` sums of sixteen fp64 lanes.
-struct Accumulators {
-  double* lanes;  // [rows][16]
-  double* total;  // [rows]: a chunk's sums, written at its end
+// A thread's memory while it works on chunks; every part starts on a cache line.
+struct Workspace {
+  float* steps;    // [rows][kSummed][kLanes]: sums of the last steps
+  double* lanes;   // [rows][kLanes]: sums of the chunk
+  double* total;   // [rows]: result, written at a chunk's end
+  float* tables;   // [groups of four old tasks][2][16]: see triggers.h
+  uint8_t* lines;  // [tasks][kLine]: mask bits of the present block
+  char* padded;    // [models + 1][kStep * 4]: last elements of tensors, followed by zeros
+  Stream* ends;    // [models]: where they are
 };
 
 struct UnifyChunk {
@@ -34,9 +49,10 @@ struct UnifyChunk {
   const Stream* models;  // [tasks]
   Stream base;
   int32_t zero_sum;
+  bool past_cache;  // store what will not be read again soon past the caches
   void* u;
   uint8_t* const* planes;
-  Accumulators sums;  // num of every task, then den of every task
+  Workspace work;  // rows: num of every task, then den of every task
 };
 
 struct AbsorbChunk {
@@ -45,9 +61,10 @@ struct AbsorbChunk {
   const void* old_u;
   Stream model, base;
   int32_t zero_sum;
+  bool past_cache;
   void* u;
   uint8_t* const* planes;
-  Accumulators sums;  // den of the old tasks, den of the new one, num of the new one
+  Workspace work;  // rows: den of the old tasks, den of the new one, num of the new one
 };
 
 struct MergeChunk {
@@ -55,9 +72,10 @@ struct MergeChunk {
   Triggers a, b;
   const void *a_u, *b_u;
   int32_t zero_sum;
+  bool past_cache;
   void* u;
   uint8_t* const* planes;
-  Accumulators sums;  // den of a's tasks, then of b's
+  Workspace work;  // rows: den of a's tasks, then of b's
 };
 
 struct DecoupleChunk {
@@ -66,6 +84,7 @@ struct DecoupleChunk {
   const uint8_t* plane;  // at the chunk
   float rescaler;
   Stream base;
+  bool past_cache;
   void* out;
   uint8_t out_dtype;
 };
@@ -73,7 +92,7 @@ struct DecoupleChunk {
 struct MeasureChunk {
   int64_t elements;
   Stream model, base;
-  Accumulators sums;  // num
+  Workspace work;  // row: num
 };
 
 // `kind` is the dtype that every stream of the chunk shares, or kMixed.
@@ -93,5 +112,8 @@ extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
 #endif
+
+// The kernels in use; null if CONDU_CPU_ISA names an unknown or missing instruction set.
+const Kernels* kernels();
 
 }  // namespace condu

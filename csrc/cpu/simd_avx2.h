@@ -32,6 +32,12 @@ CONDU_INLINE Lanes magnitude(Lanes a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
 }
+CONDU_INLINE Lanes without_negative_zero(Lanes a) { return a + splat(0.0f); }
+CONDU_INLINE Lanes negate_unless(Lanes a, Lanes sign) {
+  const __m256 bit = _mm256_set1_ps(-0.0f);
+  return {_mm256_xor_ps(a.lo, _mm256_andnot_ps(sign.lo, bit)),
+          _mm256_xor_ps(a.hi, _mm256_andnot_ps(sign.hi, bit))};
+}
 
 CONDU_INLINE Mask above_zero(Lanes a) {
   const __m256 zero = _mm256_setzero_ps();
@@ -44,23 +50,27 @@ CONDU_INLINE Mask below_zero(Lanes a) {
 CONDU_INLINE Mask either(Mask a, Mask b) {
   return {_mm256_or_ps(a.lo, b.lo), _mm256_or_ps(a.hi, b.hi)};
 }
-CONDU_INLINE Mask both(Mask a, Mask b) {
-  return {_mm256_and_ps(a.lo, b.lo), _mm256_and_ps(a.hi, b.hi)};
+
+// The lanes of each byte of mask bits: spreading bits costs more instructions than this load.
+struct SpreadBits {
+  alignas(32) uint32_t lanes[256][8];
+};
+constexpr SpreadBits spread_bits() {
+  SpreadBits table{};
+  for (int byte = 0; byte < 256; ++byte) {
+    for (int l = 0; l < 8; ++l) table.lanes[byte][l] = byte >> l & 1 ? 0xffffffffu : 0;
+  }
+  return table;
 }
-CONDU_INLINE Mask complement(Mask a) {
-  const __m256 ones = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
-  return {_mm256_xor_ps(a.lo, ones), _mm256_xor_ps(a.hi, ones)};
+constexpr SpreadBits kSpreadBits = spread_bits();
+
+CONDU_INLINE Mask load_mask(const uint8_t* p) {
+  return {_mm256_load_ps((const float*)kSpreadBits.lanes[p[0]]),
+          _mm256_load_ps((const float*)kSpreadBits.lanes[p[1]])};
 }
-CONDU_INLINE __m256 spread(__m256i bits, __m256i weights) {
-  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(bits, weights), weights));
-}
-CONDU_INLINE Mask mask_of(uint16_t bits) {
-  const __m256i all = _mm256_set1_epi32(bits);
-  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  return {spread(all, low), spread(all, _mm256_slli_epi32(low, 8))};
-}
-CONDU_INLINE uint16_t bits_of(Mask a) {
-  return (uint16_t)(_mm256_movemask_ps(a.lo) | (_mm256_movemask_ps(a.hi) << 8));
+CONDU_INLINE void store_mask(uint8_t* p, Mask a) {
+  p[0] = (uint8_t)_mm256_movemask_ps(a.lo);
+  p[1] = (uint8_t)_mm256_movemask_ps(a.hi);
 }
 
 CONDU_INLINE Lanes keep(Mask m, Lanes a) {
@@ -69,19 +79,60 @@ CONDU_INLINE Lanes keep(Mask m, Lanes a) {
 CONDU_INLINE Lanes choose(Mask m, Lanes yes, Lanes no) {
   return {_mm256_blendv_ps(no.lo, yes.lo, m.lo), _mm256_blendv_ps(no.hi, yes.hi, m.hi)};
 }
-CONDU_INLINE Lanes sign_where(Mask m) { return keep(m, splat(-0.0f)); }
-CONDU_INLINE Lanes flip(Lanes a, Lanes sign) {
-  return {_mm256_xor_ps(a.lo, sign.lo), _mm256_xor_ps(a.hi, sign.hi)};
-}
 // Sums start at +0 and their terms are never -0, so adding +0 is the same as not adding.
 CONDU_INLINE Lanes add_where(Lanes sum, Mask m, Lanes a) { return sum + keep(m, a); }
-// For maxima that start at +0, of values that are not negative.
-CONDU_INLINE Lanes max_where(Lanes largest, Mask m, Lanes a) { return max_of(keep(m, a), largest); }
+
+// Byte e of `pattern` gets bit e of each of up to eight planes: plane t gives bit t. 32 elements at
+// a time: four bytes of each plane become four 8x8 bit matrices, one in each 64-bit lane.
+CONDU_INLINE __m256i swap_bits(__m256i x, int shift, int64_t low) {
+  const __m256i moved =
+      _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi64(x, shift)), _mm256_set1_epi64x(low));
+  return _mm256_xor_si256(x, _mm256_xor_si256(moved, _mm256_slli_epi64(moved, shift)));
+}
+CONDU_INLINE void transpose_bits(const uint8_t* const* planes, int count, int64_t byte,
+                                 uint8_t* pattern) {
+  const __m256i by_byte = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m256i interleave = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int half = 0; half < 2; ++half) {
+    alignas(32) uint8_t rows[8][4] = {{0}};
+    for (int t = 0; t < count; ++t) __builtin_memcpy(rows[t], planes[t] + byte + 4 * half, 4);
+    __m256i x = _mm256_load_si256((const __m256i*)rows);
+    x = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(x, by_byte), interleave);
+    x = swap_bits(x, 7, 0x00aa00aa00aa00aa);
+    x = swap_bits(x, 14, 0x0000cccc0000cccc);
+    x = swap_bits(x, 28, 0x00000000f0f0f0f0);
+    _mm256_store_si256((__m256i*)(pattern + 32 * half), x);
+  }
+}
+
+struct Index {
+  __m256i lo, hi;  // the low four bits of each 32-bit lane
+};
+CONDU_INLINE Index load_index(const uint8_t* pattern) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)pattern)),
+          _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(pattern + 8)))};
+}
+CONDU_INLINE Index next_four(Index i) {
+  return {_mm256_srli_epi32(i.lo, 4), _mm256_srli_epi32(i.hi, 4)};
+}
+CONDU_INLINE __m256 lookup_half(const float* table, __m256i i) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), i);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), i);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+}
+CONDU_INLINE Lanes lookup(const float* table, Index i) {
+  return {lookup_half(table, i.lo), lookup_half(table, i.hi)};
+}
 
 CONDU_INLINE Lanes load_f32(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 CONDU_INLINE void store_f32(float* p, Lanes a) {
   _mm256_storeu_ps(p, a.lo);
   _mm256_storeu_ps(p + 8, a.hi);
+}
+CONDU_INLINE void stream_f32(float* p, Lanes a) {
+  _mm256_stream_ps(p, a.lo);
+  _mm256_stream_ps(p + 8, a.hi);
 }
 CONDU_INLINE __m256 widen_bf16(const uint16_t* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -97,21 +148,45 @@ CONDU_INLINE __m256i round_to_bf16(__m256 a) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   return _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
 }
-CONDU_INLINE void store_bf16(uint16_t* p, Lanes a) {
+CONDU_INLINE __m256i to_bf16(Lanes a) {
   const __m256i packed = _mm256_packus_epi32(round_to_bf16(a.lo), round_to_bf16(a.hi));
-  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+  return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+CONDU_INLINE void store_bf16(uint16_t* p, Lanes a) { _mm256_storeu_si256((__m256i*)p, to_bf16(a)); }
+CONDU_INLINE void stream_bf16(uint16_t* p, Lanes a) {
+  _mm256_stream_si256((__m256i*)p, to_bf16(a));
 }
 CONDU_INLINE Lanes load_f16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
           _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
-CONDU_INLINE void store_f16(uint16_t* p, Lanes a) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
+CONDU_INLINE __m256i to_f16(Lanes a) {
+  return _mm256_set_m128i(_mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT),
+                          _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
+}
+CONDU_INLINE void store_f16(uint16_t* p, Lanes a) { _mm256_storeu_si256((__m256i*)p, to_f16(a)); }
+CONDU_INLINE void stream_f16(uint16_t* p, Lanes a) { _mm256_stream_si256((__m256i*)p, to_f16(a)); }
+
+// Cache lines of mask bits.
+CONDU_INLINE void store_line(uint8_t* p, const uint8_t* line, bool past_cache) {
+  for (int b = 0; b < 64; b += 32) {
+    const __m256i bits = _mm256_load_si256((const __m256i*)(line + b));
+    past_cache ? _mm256_stream_si256((__m256i*)(p + b), bits)
+               : _mm256_storeu_si256((__m256i*)(p + b), bits);
+  }
+}
+CONDU_INLINE void store_common(uint8_t* p, const uint8_t* a, const uint8_t* line, bool past_cache) {
+  alignas(32) uint8_t both[64];
+  for (int b = 0; b < 64; b += 32) {
+    const __m256i bits = _mm256_loadu_si256((const __m256i*)(a + b));
+    _mm256_store_si256((__m256i*)(both + b),
+                       _mm256_and_si256(bits, _mm256_load_si256((const __m256i*)(line + b))));
+  }
+  store_line(p, both, past_cache);
 }
 
 CONDU_INLINE void add_quarter(double* sums, __m128 a) {
-  _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), _mm256_cvtps_pd(a)));
+  _mm256_store_pd(sums, _mm256_add_pd(_mm256_load_pd(sums), _mm256_cvtps_pd(a)));
 }
 // sums[l] += lane l, in fp64.
 CONDU_INLINE void add_to_double(double* sums, Lanes a) {

@@ -19,6 +19,10 @@ struct Lanes {
 struct Mask {
   I4 v[4];  // all ones or all zeros in each lane
 };
+struct Index {
+  const uint8_t* pattern;
+  int shift;
+};
 
 #define CONDU_EACH(result, expression) \
   do {                                 \
@@ -54,6 +58,13 @@ CONDU_INLINE Lanes magnitude(Lanes a) {
   CONDU_EACH(r, (F4)((I4)a.v[q] & 0x7fffffff));
 }
 
+CONDU_INLINE Lanes without_negative_zero(Lanes a) { return a + splat(0.0f); }
+CONDU_INLINE Lanes negate_unless(Lanes a, Lanes sign) {
+  const int32_t bit = INT32_MIN;
+  Lanes r;
+  CONDU_EACH(r, (F4)((I4)a.v[q] ^ (~(I4)sign.v[q] & bit)));
+}
+
 CONDU_INLINE Mask above_zero(Lanes a) {
   Mask r;
   CONDU_EACH(r, a.v[q] > 0.0f);
@@ -66,23 +77,35 @@ CONDU_INLINE Mask either(Mask a, Mask b) {
   Mask r;
   CONDU_EACH(r, a.v[q] | b.v[q]);
 }
-CONDU_INLINE Mask both(Mask a, Mask b) {
-  Mask r;
-  CONDU_EACH(r, a.v[q] & b.v[q]);
+
+// The lanes of each four mask bits.
+struct SpreadBits {
+  alignas(16) int32_t lanes[16][4];
+};
+constexpr SpreadBits spread_bits() {
+  SpreadBits table{};
+  for (int bits = 0; bits < 16; ++bits) {
+    for (int l = 0; l < 4; ++l) table.lanes[bits][l] = bits >> l & 1 ? -1 : 0;
+  }
+  return table;
 }
-CONDU_INLINE Mask complement(Mask a) {
+constexpr SpreadBits kSpreadBits = spread_bits();
+
+CONDU_INLINE Mask load_mask(const uint8_t* p) {
   Mask r;
-  CONDU_EACH(r, ~a.v[q]);
+  CONDU_EACH(r, *(const I4*)kSpreadBits.lanes[p[q / 2] >> 4 * (q % 2) & 15]);
 }
-CONDU_INLINE Mask mask_of(uint16_t bits) {
-  const I4 weights = {1, 2, 4, 8};
-  Mask r;
-  CONDU_EACH(r, ((weights << (4 * q)) & (int32_t)bits) != 0);
+CONDU_INLINE int bits_of(I4 lanes) {
+#if defined(__SSE2__)
+  return __builtin_ia32_movmskps((F4)lanes);
+#else
+  lanes &= I4{1, 2, 4, 8};
+  return lanes[0] | lanes[1] | lanes[2] | lanes[3];
+#endif
 }
-CONDU_INLINE uint16_t bits_of(Mask a) {
-  I4 sum = a.v[0] & I4{1, 2, 4, 8};
-  for (int q = 1; q < 4; ++q) sum |= a.v[q] & (I4{1, 2, 4, 8} << (4 * q));
-  return (uint16_t)(sum[0] | sum[1] | sum[2] | sum[3]);
+CONDU_INLINE void store_mask(uint8_t* p, Mask a) {
+  p[0] = (uint8_t)(bits_of(a.v[0]) | bits_of(a.v[1]) << 4);
+  p[1] = (uint8_t)(bits_of(a.v[2]) | bits_of(a.v[3]) << 4);
 }
 
 CONDU_INLINE Lanes keep(Mask m, Lanes a) {
@@ -93,15 +116,36 @@ CONDU_INLINE Lanes choose(Mask m, Lanes yes, Lanes no) {
   Lanes r;
   CONDU_EACH(r, pick(m.v[q], yes.v[q], no.v[q]));
 }
-CONDU_INLINE Lanes sign_where(Mask m) { return keep(m, splat(-0.0f)); }
-CONDU_INLINE Lanes flip(Lanes a, Lanes sign) {
-  Lanes r;
-  CONDU_EACH(r, (F4)((I4)a.v[q] ^ (I4)sign.v[q]));
-}
 // Sums start at +0 and their terms are never -0, so adding +0 is the same as not adding.
 CONDU_INLINE Lanes add_where(Lanes sum, Mask m, Lanes a) { return sum + keep(m, a); }
-// For maxima that start at +0, of values that are not negative.
-CONDU_INLINE Lanes max_where(Lanes largest, Mask m, Lanes a) { return max_of(keep(m, a), largest); }
+
+// Byte e of `pattern` gets bit e of each of up to eight planes: plane t gives bit t. Eight elements
+// at a time: an 8x8 bit matrix in an integer.
+CONDU_INLINE uint64_t swap_bits(uint64_t x, int shift, uint64_t low) {
+  const uint64_t moved = (x ^ (x >> shift)) & low;
+  return x ^ moved ^ (moved << shift);
+}
+CONDU_INLINE void transpose_bits(const uint8_t* const* planes, int count, int64_t byte,
+                                 uint8_t* pattern) {
+  for (int b = 0; b < 8; ++b) {
+    uint64_t x = 0;
+    for (int t = 0; t < count; ++t) x |= (uint64_t)planes[t][byte + b] << 8 * t;
+    x = swap_bits(x, 7, 0x00aa00aa00aa00aa);
+    x = swap_bits(x, 14, 0x0000cccc0000cccc);
+    x = swap_bits(x, 28, 0x00000000f0f0f0f0);
+    for (int e = 0; e < 8; ++e) pattern[8 * b + e] = (uint8_t)(x >> 8 * e);
+  }
+}
+CONDU_INLINE Index load_index(const uint8_t* pattern) { return {pattern, 0}; }
+CONDU_INLINE Index next_four(Index i) { return {i.pattern, i.shift + 4}; }
+CONDU_INLINE float entry(const float* table, Index i, int element) {
+  return table[i.pattern[element] >> i.shift & 15];
+}
+CONDU_INLINE Lanes lookup(const float* table, Index i) {
+  Lanes r;
+  CONDU_EACH(r, (F4{entry(table, i, 4 * q), entry(table, i, 4 * q + 1), entry(table, i, 4 * q + 2),
+                    entry(table, i, 4 * q + 3)}));
+}
 
 CONDU_INLINE Lanes load_f32(const float* p) {
   Lanes r;
@@ -109,6 +153,21 @@ CONDU_INLINE Lanes load_f32(const float* p) {
   return r;
 }
 CONDU_INLINE void store_f32(float* p, Lanes a) { memcpy(p, &a, sizeof a); }
+// Stores past the caches where the architecture has them: sixteen aligned bytes.
+CONDU_INLINE void stream_16(void* p, const void* value) {
+#if defined(__SSE2__)
+  __builtin_ia32_movntps((float*)p, *(const F4*)value);
+#else
+  memcpy(p, value, 16);
+#endif
+}
+CONDU_INLINE void stream_f32(float* p, Lanes a) {
+  for (int q = 0; q < 4; ++q) stream_16(p + 4 * q, &a.v[q]);
+}
+CONDU_INLINE void stream_narrow(uint16_t* p, const uint16_t* narrow) {
+  stream_16(p, narrow);
+  stream_16(p + 8, narrow + 8);
+}
 
 CONDU_INLINE Lanes load_bf16(const uint16_t* p) {
   Lanes r;
@@ -127,6 +186,12 @@ CONDU_INLINE void store_bf16(uint16_t* p, Lanes a) {
     const U4 r = (U4)pick(nan, (F4)(x | 0x00400000), (F4)up) >> 16;
     for (int l = 0; l < 4; ++l) p[4 * q + l] = (uint16_t)r[l];
   }
+}
+
+CONDU_INLINE void stream_bf16(uint16_t* p, Lanes a) {
+  alignas(16) uint16_t narrow[16];
+  store_bf16(narrow, a);
+  stream_narrow(p, narrow);
 }
 
 // fp16 by integer arithmetic: this instruction set has no conversion of its own.
@@ -176,6 +241,25 @@ CONDU_INLINE void store_f16(uint16_t* p, Lanes a) {
   for (int q = 0; q < 4; ++q) {
     for (int l = 0; l < 4; ++l) p[4 * q + l] = float_to_half(a.v[q][l]);
   }
+}
+
+CONDU_INLINE void stream_f16(uint16_t* p, Lanes a) {
+  alignas(16) uint16_t narrow[16];
+  store_f16(narrow, a);
+  stream_narrow(p, narrow);
+}
+
+// Cache lines of mask bits.
+CONDU_INLINE void store_line(uint8_t* p, const uint8_t* line, bool past_cache) {
+  for (int b = 0; b < 64; b += 16)
+    past_cache ? stream_16(p + b, line + b) : (void)memcpy(p + b, line + b, 16);
+}
+CONDU_INLINE void store_common(uint8_t* p, const uint8_t* a, const uint8_t* line, bool past_cache) {
+  alignas(16) uint64_t both[8], kept[8];
+  memcpy(both, a, sizeof both);
+  memcpy(kept, line, sizeof kept);
+  for (int w = 0; w < 8; ++w) both[w] &= kept[w];
+  store_line(p, (const uint8_t*)both, past_cache);
 }
 
 // sums[l] += lane l, in fp64.
