@@ -46,7 +46,8 @@ ISA_FLAGS = {
     "isa_avx2": ["-mavx2", "-mf16c"],
     # gcc 12 warns about its own _mm512_undefined_ps
     "isa_avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"),
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi"),
+        *("-mgfni", "-mf16c"),
         "-Wno-maybe-uninitialized",
     ],
 }

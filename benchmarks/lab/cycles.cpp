@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "condu_ext.h"
@@ -36,26 +37,38 @@ double cycle() {
   return (seconds() - start) / kAdditions;
 }
 
-// The lowest of many runs: whatever else the machine does only adds.
-double cycles_per_16(const std::function<void()>& call) {
+struct Case {
+  std::string name;
+  std::function<void()> call;
   double best = INFINITY;
-  for (int run = 0; run < 300; ++run) {
-    const double clock = cycle(), start = seconds();
-    call();
-    best = std::min(best, (seconds() - start) / std::min(clock, cycle()));
+};
+
+// The lowest of many runs, spread over time: whatever else the machine does (a neighbour on the
+// same core halves the speed) only adds.
+void measure(std::vector<Case>& cases) {
+  for (int round = 0; round < 60; ++round) {
+    for (Case& c : cases) {
+      for (int run = 0; run < 10; ++run) {
+        const double clock = cycle(), start = seconds();
+        c.call();
+        c.best = std::min(c.best, (seconds() - start) / std::min(clock, cycle()));
+      }
+    }
   }
-  return best / ((double)kElements / 16);
+  for (const Case& c : cases) {
+    printf("%-14s %6.1f\n", c.name.c_str(), c.best / ((double)kElements / 16));
+  }
 }
 
 struct Arrays {
   explicit Arrays(int item) : item(item) {}
-  void* fresh(int64_t bytes) {
+  void* fresh(int64_t bytes) const {
     void* p = aligned_alloc(4096, (size_t)(bytes + 4095) / 4096 * 4096);
     memset(p, 0, (size_t)bytes);
     return p;
   }
   // Small random values in the model's dtype.
-  void* values() {
+  void* values() const {
     void* p = fresh(kElements * item);
     for (int64_t i = 0; i < kElements; ++i) {
       const float x = (float)(rand() % 2001 - 1000) / 65536;
@@ -66,7 +79,7 @@ struct Arrays {
     }
     return p;
   }
-  uint8_t* bits() {
+  uint8_t* bits() const {
     uint8_t* p = (uint8_t*)fresh(kElements / 8);
     for (int64_t i = 0; i < kElements / 8; ++i) p[i] = (uint8_t)rand();
     return p;
@@ -79,38 +92,47 @@ struct Arrays {
 int main() {
   const int64_t numel = kElements, offset = 0;
   const condu_layout layout = {1, &numel, &offset};
-  printf("%s, cycles per 16 elements\n", condu_cpu_isa());
-  for (const uint8_t dtype : {CONDU_F32, CONDU_BF16}) {
-    Arrays make(dtype == CONDU_F32 ? 4 : 2), wide(4);
-    const char* name = dtype == CONDU_F32 ? "fp32" : "bf16";
-    const void* base_data = make.values();
-    const condu_model base = {&base_data, &dtype};
+  const uint8_t dtypes[] = {CONDU_F32, CONDU_BF16};
+  const int most = 32;
+  const Arrays wide(4);
+  const void* const u = wide.values();
+  void* const new_u = wide.values();
+  std::vector<const uint8_t*> old_planes;
+  std::vector<uint8_t*> planes;
+  for (int t = 0; t <= most; ++t) old_planes.push_back(wide.bits());
+  for (int t = 0; t <= most; ++t) planes.push_back(wide.bits());
+  const std::vector<float> rescaler(most, 1.25f);
+  std::vector<double> num(most + 1), den(most + 1);
+  const condu_output out = {new_u, CONDU_F32, planes.data(), num.data(), den.data()};
+
+  std::vector<Case> cases;
+  std::vector<std::vector<const void*>> data(2);
+  std::vector<std::vector<condu_model>> models(2);
+  for (const int kind : {0, 1}) {
+    const Arrays make(kind == 0 ? 4 : 2);
+    for (int t = 0; t <= most + 1; ++t) data[kind].push_back(make.values());
+    for (const void*& p : data[kind]) models[kind].push_back({&p, &dtypes[kind]});
+    const condu_model* const model = models[kind].data();
+    const condu_model* const base = model + most + 1;
+    const std::string name = kind == 0 ? "fp32 " : "bf16 ";
     for (const int T : {1, 2, 4, 8, 16, 32}) {
-      std::vector<const void*> data;
-      std::vector<condu_model> models;
-      std::vector<const uint8_t*> old_planes;
-      std::vector<uint8_t*> planes;
-      std::vector<float> rescaler;
-      for (int t = 0; t <= T; ++t) data.push_back(make.values());
-      for (int t = 0; t <= T; ++t) models.push_back({&data[t], &dtype});
-      for (int t = 0; t < T; ++t) old_planes.push_back(make.bits());
-      for (int t = 0; t <= T; ++t) planes.push_back(make.bits());
-      for (int t = 0; t < T; ++t) rescaler.push_back(1.0f + 0.01f * (float)t);
-      std::vector<double> num((size_t)T + 1), den((size_t)T + 1);
-      const condu_state state = {wide.values(), CONDU_F32, T, old_planes.data(), rescaler.data()};
-      const condu_output out = {wide.values(), CONDU_F32, planes.data(), num.data(), den.data()};
-      const double unify = cycles_per_16(
-          [&] { condu_unify(&layout, T, models.data(), &base, CONDU_NEGATIVE, &out, 1); });
-      const double absorb = cycles_per_16(
-          [&] { condu_absorb(&layout, &state, &models[T], &base, CONDU_NEGATIVE, &out, 1); });
-      printf("%s T=%-2d  unify %6.1f  absorb %6.1f\n", name, T, unify, absorb);
+      const std::string tasks = " T=" + std::to_string(T);
+      cases.push_back({name + "unify" + tasks, [=, &layout, &out] {
+                         condu_unify(&layout, T, model, base, CONDU_NEGATIVE, &out, 1);
+                       }});
+      cases.push_back({name + "absorb" + tasks, [=, &layout, &out, &old_planes, &rescaler] {
+                         const condu_state old = {u, CONDU_F32, T, old_planes.data(),
+                                                  rescaler.data()};
+                         condu_absorb(&layout, &old, model, base, CONDU_NEGATIVE, &out, 1);
+                       }});
     }
-    const float one = 1;
-    const uint8_t* plane = make.bits();
-    const condu_state expert = {wide.values(), CONDU_F32, 1, &plane, &one};
-    void* target = make.values();
-    const double decouple =
-        cycles_per_16([&] { condu_decouple(&layout, &expert, &base, &target, &dtype, 1); });
-    printf("%s       decouple %6.1f\n", name, decouple);
+    cases.push_back({name + "decouple", [=, &layout, &old_planes, &rescaler, &dtypes] {
+                       const condu_state expert = {u, CONDU_F32, 1, old_planes.data(),
+                                                   rescaler.data()};
+                       condu_decouple(&layout, &expert, base, const_cast<void* const*>(model->data),
+                                      &dtypes[kind], 1);
+                     }});
   }
+  printf("%s, cycles per 16 elements\n", condu_cpu_isa());
+  measure(cases);
 }

@@ -13,16 +13,19 @@ namespace {
 CONDU_INLINE int64_t step_byte(int s) { return s * (kStep / 8); }
 
 template <int kKind, bool kBf16, bool kZero>
-CONDU_INLINE void absorb_blocks(const AbsorbChunk& c) {
+CONDU_INLINE void absorb_blocks(const AbsorbChunk& chunk) {
+  const AbsorbChunk c = chunk;  // a copy: the compiler cannot know that no store changes it
   const Workspace work = c.work;
   const int T = c.old.tasks;
   const Lanes tie = splat(tie_for(c.zero_sum == CONDU_NEGATIVE));
   uint8_t *kept = work.lines, *joined = work.lines + kLine;
+  Turned* turned = (Turned*)work.turned;
   fill_tables(c.old, work.tables);
   start_chunk(work, T + 2);
   for (int64_t block = 0; block < c.elements; block += kBlock) {
     const int64_t line = c.byte + block / 8;
     prefetch_planes(c.old, line);
+    turn_block(c.old, line, turned);
     for (int s = 0; s < kSteps; ++s) {
       const int64_t i = block + s * kStep, byte = line + step_byte(s);
       const bool whole = i + kStep <= c.elements;
@@ -34,26 +37,28 @@ CONDU_INLINE void absorb_blocks(const AbsorbChunk& c) {
       prefetch_unified<kBf16>(c.old_u, i);
 
       Lanes S[kVectors], X[kVectors], moved[kVectors], stored[kVectors], size[kVectors];
-      gather(c.old, work.tables, byte, S, X);
+      Mask joins[kVectors];
+      gather(turned, T, work.tables, s, S, X);
       for (int v = 0; v < kVectors; ++v) {
         const Lanes u = load_unified<kBf16>(c.old_u, i + kLanes * v);
         const Lanes d = load_delta<kKind>(model, base, at + kLanes * v);
         const Flag<Lanes, Mask> flag = elect(u * S[v] + d, tie);
         const Lanes old = agreeing<kZero>(u, flag), agreed = agreeing<kZero>(d, flag);
         const Mask keeps = above_zero(old);
+        joins[v] = above_zero(agreed);
         store_mask(kept + step_byte(s) + 2 * v, keeps);
-        store_mask(joined + step_byte(s) + 2 * v, above_zero(agreed));
+        store_mask(joined + step_byte(s) + 2 * v, joins[v]);
         const Lanes best = max_of(agreed, max_of(old * X[v], splat(0.0f)));
         const Lanes value = elected(best, flag);
-        stored[v] = store_unified<kBf16>(c.u, i + kLanes * v, value, c.past_cache);
+        stored[v] = store_unified<kBf16>(c.u, i + kLanes * v, value, best, c.past_cache);
         moved[v] = magnitude(d);
         size[v] = keep(keeps, stored[v]);
       }
       add_old(c.old, byte, 0, s, size, work);
-      add_step_where(work, T, s, joined + step_byte(s), stored);
+      add_step_where(work, T, s, joins, stored);
       add_step(work, T + 1, s, moved);
-      end_step(work, T + 2, s);
     }
+    end_block(work, T + 2);
     keep_bits(c.old, line, kept, c.planes, c.past_cache);
     store_line(c.planes[T] + line, joined, c.past_cache);
   }
@@ -67,12 +72,15 @@ void absorb_chunk(const AbsorbChunk& c) {
 }
 
 template <bool kBf16, bool kZero>
-CONDU_INLINE void merge_blocks(const MergeChunk& c) {
+CONDU_INLINE void merge_blocks(const MergeChunk& chunk) {
+  const MergeChunk c = chunk;  // as above
   const Workspace work = c.work;
   const int rows = c.a.tasks + c.b.tasks;
   const Lanes tie = splat(tie_for(c.zero_sum == CONDU_NEGATIVE));
   uint8_t *kept_a = work.lines, *kept_b = work.lines + kLine;
-  float *tables_a = work.tables, *tables_b = tables_a + groups_of(c.a.tasks) * kTables;
+  float *tables_a = work.tables, *tables_b = tables_a + (c.a.tasks + 7) / 8 * 2 * kTables;
+  Turned* turned_a = (Turned*)work.turned;
+  Turned* turned_b = turned_a + (c.a.tasks + 7) / 8;
   fill_tables(c.a, tables_a);
   fill_tables(c.b, tables_b);
   start_chunk(work, rows);
@@ -80,14 +88,16 @@ CONDU_INLINE void merge_blocks(const MergeChunk& c) {
     const int64_t line = c.byte + block / 8;
     prefetch_planes(c.a, line);
     prefetch_planes(c.b, line);
+    turn_block(c.a, line, turned_a);
+    turn_block(c.b, line, turned_b);
     for (int s = 0; s < kSteps; ++s) {
       const int64_t i = block + s * kStep, byte = line + step_byte(s);
       prefetch_unified<kBf16>(c.a_u, i);
       prefetch_unified<kBf16>(c.b_u, i);
       Lanes Sa[kVectors], Xa[kVectors], Sb[kVectors], Xb[kVectors];
       Lanes size_a[kVectors], size_b[kVectors];
-      gather(c.a, tables_a, byte, Sa, Xa);
-      gather(c.b, tables_b, byte, Sb, Xb);
+      gather(turned_a, c.a.tasks, tables_a, s, Sa, Xa);
+      gather(turned_b, c.b.tasks, tables_b, s, Sb, Xb);
       for (int v = 0; v < kVectors; ++v) {
         const Lanes ua = load_unified<kBf16>(c.a_u, i + kLanes * v);
         const Lanes ub = load_unified<kBf16>(c.b_u, i + kLanes * v);
@@ -98,14 +108,15 @@ CONDU_INLINE void merge_blocks(const MergeChunk& c) {
         store_mask(kept_b + step_byte(s) + 2 * v, keeps_b);
         const Lanes best = max_of(b * Xb[v], max_of(a * Xa[v], splat(0.0f)));
         const Lanes value = elected(best, flag);
-        const Lanes stored = store_unified<kBf16>(c.u, i + kLanes * v, value, c.past_cache);
+        const Lanes stored =
+            store_unified<kBf16>(c.u, i + kLanes * v, value, best, c.past_cache);
         size_a[v] = keep(keeps_a, stored);
         size_b[v] = keep(keeps_b, stored);
       }
       add_old(c.a, byte, 0, s, size_a, work);
       add_old(c.b, byte, c.a.tasks, s, size_b, work);
-      end_step(work, rows, s);
     }
+    end_block(work, rows);
     keep_bits(c.a, line, kept_a, c.planes, c.past_cache);
     keep_bits(c.b, line, kept_b, c.planes + c.a.tasks, c.past_cache);
   }

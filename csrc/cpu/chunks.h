@@ -49,17 +49,19 @@ void for_chunks(const condu_layout* layout, int threads, Work work) {
 // Per-thread memory, allocated before the threads start so that failure is one status.
 class Workspaces {
  public:
-  Workspaces(int threads, int rows, int tables, int lines, int models) : models_(models) {
+  // `eights` of old tasks, `lines` of mask bits, `models` that are read at once.
+  Workspaces(int threads, int rows, int eights, int lines, int models) {
     size_t end = 0;
     const auto part = [&end](size_t bytes) {
       const size_t start = end;
       end += (bytes + kLine - 1) / kLine * kLine;
       return start;
     };
-    steps_ = part(sizeof(float) * rows * kSummed * kLanes);
+    steps_ = part(sizeof(float) * rows * kSteps * kLanes);
     lanes_ = part(sizeof(double) * rows * kLanes);
     total_ = part(sizeof(double) * rows);
-    tables_ = part(sizeof(float) * tables * 32);
+    tables_ = part(sizeof(float) * eights * 64);
+    turned_ = part((size_t)eights * kBlock);
     lines_ = part((size_t)lines * kLine);
     padded_ = part((size_t)(models + 1) * kStep * 4);
     models_at_ = part(sizeof(Stream) * models);
@@ -74,8 +76,8 @@ class Workspaces {
   Workspace of(int thread) const {
     char* mine = (char*)memory_ + stride_ * thread;
     return {(float*)(mine + steps_),  (double*)(mine + lanes_),  (double*)(mine + total_),
-            (float*)(mine + tables_), (uint8_t*)(mine + lines_), mine + padded_,
-            (Stream*)(mine + ends_)};
+            (float*)(mine + tables_), mine + turned_,            (uint8_t*)(mine + lines_),
+            mine + padded_,           (Stream*)(mine + ends_)};
   }
   Stream* models(int thread) const {
     return (Stream*)((char*)memory_ + stride_ * thread + models_at_);
@@ -83,10 +85,10 @@ class Workspaces {
 
  private:
   void* memory_ = nullptr;
-  size_t steps_, lanes_, total_, tables_, lines_, padded_, models_at_, ends_, stride_, models_;
+  size_t steps_, lanes_, total_, tables_, turned_, lines_, padded_, models_at_, ends_, stride_;
 };
 
-int groups(int tasks) { return (tasks + 3) / 4; }
+int eights_of(int tasks) { return (tasks + 7) / 8; }
 
 // A state's rescalers, task by task for one tensor, as the kernels want them.
 class Rescalers {

@@ -49,8 +49,8 @@ void measure_chunk(const MeasureChunk& c) {
         moved[v] = magnitude(load_delta<kMixed>(model, base, (whole ? i : 0) + kLanes * v));
       }
       add_step(c.work, 0, s, moved);
-      end_step(c.work, 1, s);
     }
+    end_block(c.work, 1);
   }
   end_chunk(c.work, 1);
 }

@@ -16,7 +16,8 @@ const Kernels* choose_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+                      __builtin_cpu_supports("gfni");
   if (avx512 && (any || !strcmp(wanted, "avx512"))) return &kAvx512Kernels;
   if (avx2 && (any || !strcmp(wanted, "avx2"))) return &kAvx2Kernels;
 #endif

@@ -15,7 +15,6 @@ enum {
   kStep = kLanes * kVectors,  // elements taken at once
   kBlock = CONDU_ALIGN,       // elements of a cache line of mask bits
   kSteps = kBlock / kStep,    // steps of a block
-  kSummed = 4,                // steps whose sums are added in fp32
   kLine = kBlock / 8,         // bytes of a cache line
 };
 
@@ -34,10 +33,11 @@ struct Triggers {
 
 // A thread's memory while it works on chunks; every part starts on a cache line.
 struct Workspace {
-  float* steps;    // [rows][kSummed][kLanes]: sums of the last steps
+  float* steps;    // [rows][kSteps][kLanes]: sums of the present block's steps
   double* lanes;   // [rows][kLanes]: sums of the chunk
   double* total;   // [rows]: result, written at a chunk's end
   float* tables;   // [groups of four old tasks][2][16]: see triggers.h
+  void* turned;    // [eights of old tasks][kBlock]: mask bits as an instruction set wants them
   uint8_t* lines;  // [tasks][kLine]: mask bits of the present block
   char* padded;    // [models + 1][kStep * 4]: last elements of tensors, followed by zeros
   Stream* ends;    // [models]: where they are

@@ -3,6 +3,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "cpu/kernels.h"
+
 #define CONDU_INLINE static inline __attribute__((always_inline))
 
 namespace condu {
@@ -82,47 +84,58 @@ CONDU_INLINE Lanes choose(Mask m, Lanes yes, Lanes no) {
 // Sums start at +0 and their terms are never -0, so adding +0 is the same as not adding.
 CONDU_INLINE Lanes add_where(Lanes sum, Mask m, Lanes a) { return sum + keep(m, a); }
 
-// Byte e of `pattern` gets bit e of each of up to eight planes: plane t gives bit t. 32 elements at
-// a time: four bytes of each plane become four 8x8 bit matrices, one in each 64-bit lane.
+// Up to eight planes at a block; a step's bits are turned when they are used.
+struct Turned {
+  const uint8_t* const* planes;
+  int count;
+  int64_t byte;
+};
+CONDU_INLINE Turned turn_planes(const uint8_t* const* planes, int count, int64_t byte) {
+  return {planes, count, byte};
+}
+
+// For each of a step's elements a byte with the bits of eight tasks.
+struct Pattern {
+  alignas(32) uint8_t bytes[64];
+};
 CONDU_INLINE __m256i swap_bits(__m256i x, int shift, int64_t low) {
-  const __m256i moved =
-      _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi64(x, shift)), _mm256_set1_epi64x(low));
+  const __m256i moved = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi64(x, shift)),
+                                         _mm256_set1_epi64x(low));
   return _mm256_xor_si256(x, _mm256_xor_si256(moved, _mm256_slli_epi64(moved, shift)));
 }
-CONDU_INLINE void transpose_bits(const uint8_t* const* planes, int count, int64_t byte,
-                                 uint8_t* pattern) {
+// 32 elements at a time: four bytes of each plane become four 8x8 bit matrices, one in each 64-bit
+// lane, and are transposed by three rounds of swaps.
+CONDU_INLINE Pattern load_pattern(const Turned* turned, int s) {
   const __m256i by_byte = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   const __m256i interleave = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  Pattern pattern;
   for (int half = 0; half < 2; ++half) {
     alignas(32) uint8_t rows[8][4] = {{0}};
-    for (int t = 0; t < count; ++t) __builtin_memcpy(rows[t], planes[t] + byte + 4 * half, 4);
+    for (int t = 0; t < turned->count; ++t) {
+      __builtin_memcpy(rows[t], turned->planes[t] + turned->byte + 8 * s + 4 * half, 4);
+    }
     __m256i x = _mm256_load_si256((const __m256i*)rows);
     x = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(x, by_byte), interleave);
     x = swap_bits(x, 7, 0x00aa00aa00aa00aa);
     x = swap_bits(x, 14, 0x0000cccc0000cccc);
     x = swap_bits(x, 28, 0x00000000f0f0f0f0);
-    _mm256_store_si256((__m256i*)(pattern + 32 * half), x);
+    _mm256_store_si256((__m256i*)(pattern.bytes + 32 * half), x);
   }
+  return pattern;
 }
-
-struct Index {
-  __m256i lo, hi;  // the low four bits of each 32-bit lane
-};
-CONDU_INLINE Index load_index(const uint8_t* pattern) {
-  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)pattern)),
-          _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(pattern + 8)))};
-}
-CONDU_INLINE Index next_four(Index i) {
-  return {_mm256_srli_epi32(i.lo, 4), _mm256_srli_epi32(i.hi, 4)};
-}
-CONDU_INLINE __m256 lookup_half(const float* table, __m256i i) {
+CONDU_INLINE __m256 lookup_half(const float* table, const uint8_t* bytes, int half) {
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
+  const __m256i i = _mm256_srli_epi32(wide, 4 * half);  // the low three bits count, and bit 3:
   const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), i);
   const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), i);
-  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+  const __m256i upper = _mm256_slli_epi32(wide, 28 - 4 * half);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(upper));
 }
-CONDU_INLINE Lanes lookup(const float* table, Index i) {
-  return {lookup_half(table, i.lo), lookup_half(table, i.hi)};
+// table[four bits of each lane of vector v]: of the first four tasks (half 0) or the others.
+CONDU_INLINE Lanes lookup(const float* table, const Pattern& p, int v, int half) {
+  return {lookup_half(table, p.bytes + 16 * v, half),
+          lookup_half(table, p.bytes + 16 * v + 8, half)};
 }
 
 CONDU_INLINE Lanes load_f32(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

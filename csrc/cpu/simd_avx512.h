@@ -1,7 +1,10 @@
-// Sixteen fp32 lanes on AVX-512 (F, BW, DQ, VL). Included once, by isa_avx512.cpp.
+// Sixteen fp32 lanes on AVX-512 (F, BW, DQ, VL, VBMI) with GFNI: Ice Lake, Zen 4 and later.
+// Included once, by isa_avx512.cpp.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
+
+#include "cpu/kernels.h"
 
 #define CONDU_INLINE static inline __attribute__((always_inline))
 
@@ -13,9 +16,6 @@ struct Lanes {
 };
 struct Mask {
   __mmask16 m;
-};
-struct Index {
-  __m512i v;  // the low four bits of each 32-bit lane
 };
 
 CONDU_INLINE Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
@@ -41,10 +41,10 @@ CONDU_INLINE Mask below_zero(Lanes a) {
   return {_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_LT_OQ)};
 }
 CONDU_INLINE Mask either(Mask a, Mask b) { return {_kor_mask16(a.m, b.m)}; }
-// By hand: gcc 12 loads a mask through a general register.
+// By hand: gcc 12 loads a mask through a general register. (Yk: not k0, which cannot mask.)
 CONDU_INLINE Mask load_mask(const uint8_t* p) {
   Mask r;
-  asm("kmovw %1, %0" : "=k"(r.m) : "m"(*(const uint16_t __attribute__((may_alias))*)p));
+  asm("kmovw %1, %0" : "=Yk"(r.m) : "m"(*(const uint16_t __attribute__((may_alias))*)p));
   return r;
 }
 CONDU_INLINE void store_mask(uint8_t* p, Mask a) {
@@ -59,26 +59,63 @@ CONDU_INLINE Lanes add_where(Lanes sum, Mask m, Lanes a) {
   return {_mm512_mask_add_ps(sum.v, m.m, sum.v, a.v)};
 }
 
-// Byte e of `pattern` gets bit e of each of up to eight planes: plane t gives bit t.
-CONDU_INLINE void transpose_bits(const uint8_t* const* planes, int count, int64_t byte,
-                                 uint8_t* pattern) {
-  __m512i all = _mm512_setzero_si512(), bit = _mm512_set1_epi8(1);
-  for (int t = 0; t < count; ++t) {
-    __mmask64 set;
-    asm("kmovq %1, %0"
-        : "=k"(set)
-        : "m"(*(const uint64_t __attribute__((may_alias))*)(planes[t] + byte)));
-    all = _mm512_mask_add_epi8(all, set, all, bit);  // bits are distinct: a sum is an or
-    bit = _mm512_add_epi8(bit, bit);
+// Mask bits of eight planes, so turned that one vector holds them for 64 elements.
+struct Turned {
+  __m512i step[kSteps];  // 64-bit lane t: plane t
+};
+// A block of `count` <= 8 planes; the others are zeros.
+CONDU_INLINE Turned turn_planes(const uint8_t* const* planes, int count, int64_t byte) {
+  const __m512i none = _mm512_setzero_si512();
+  __m512i a[8], b[8];
+#pragma GCC unroll 8
+  for (int t = 0; t < 8; ++t) a[t] = t < count ? _mm512_loadu_si512(planes[t] + byte) : none;
+#pragma GCC unroll 8
+  for (int t = 0; t < 8; t += 2) {
+    b[t] = _mm512_unpacklo_epi64(a[t], a[t + 1]);
+    b[t + 1] = _mm512_unpackhi_epi64(a[t], a[t + 1]);
   }
-  _mm512_store_si512(pattern, all);
+#pragma GCC unroll 8
+  for (int h = 0; h < 2; ++h) {  // even and odd qwords
+    const __m512i p = _mm512_shuffle_i64x2(b[h], b[2 + h], 0x88);
+    const __m512i q = _mm512_shuffle_i64x2(b[h], b[2 + h], 0xdd);
+    const __m512i r = _mm512_shuffle_i64x2(b[4 + h], b[6 + h], 0x88);
+    const __m512i s = _mm512_shuffle_i64x2(b[4 + h], b[6 + h], 0xdd);
+    a[h] = _mm512_shuffle_i64x2(p, r, 0x88);
+    a[2 + h] = _mm512_shuffle_i64x2(q, s, 0x88);
+    a[4 + h] = _mm512_shuffle_i64x2(p, r, 0xdd);
+    a[6 + h] = _mm512_shuffle_i64x2(q, s, 0xdd);
+  }
+  Turned r;
+#pragma GCC unroll 8
+  for (int s = 0; s < kSteps; ++s) r.step[s] = a[s];
+  return r;
 }
-CONDU_INLINE Index load_index(const uint8_t* pattern) {
-  return {_mm512_cvtepu8_epi32(_mm_load_si128((const __m128i*)pattern))};
+
+// For each of a step's elements the bits of eight tasks. Byte 4 l + v belongs to lane l of vector v,
+// so that a shift brings any vector's bits to the bottom of the 32-bit lanes.
+struct Pattern {
+  __m512i v;
+};
+CONDU_INLINE Pattern load_pattern(const Turned* turned, int s) {
+  // Bytes of each group of eight elements, last task first: a bit matrix as GF2P8AFFINEQB reads it,
+  // which multiplied by the unit vectors is its transpose.
+  alignas(64) static constexpr uint8_t kByGroup[64] = {
+      56, 48, 40, 32, 24, 16, 8,  0, 57, 49, 41, 33, 25, 17, 9,  1, 58, 50, 42, 34, 26, 18,
+      10, 2,  59, 51, 43, 35, 27, 19, 11, 3, 60, 52, 44, 36, 28, 20, 12, 4, 61, 53, 45, 37,
+      29, 21, 13, 5,  62, 54, 46, 38, 30, 22, 14, 6, 63, 55, 47, 39, 31, 23, 15, 7};
+  alignas(64) static constexpr uint8_t kByLane[64] = {
+      0, 16, 32, 48, 1, 17, 33, 49, 2,  18, 34, 50, 3,  19, 35, 51, 4,  20, 36, 52, 5,  21,
+      37, 53, 6, 22, 38, 54, 7, 23, 39, 55, 8,  24, 40, 56, 9,  25, 41, 57, 10, 26, 42, 58,
+      11, 27, 43, 59, 12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63};
+  const __m512i matrix = _mm512_permutexvar_epi8(_mm512_load_si512(kByGroup), turned->step[s]);
+  const __m512i units = _mm512_set1_epi64((int64_t)0x8040201008040201);
+  const __m512i bits = _mm512_gf2p8affine_epi64_epi8(units, matrix, 0);
+  return {_mm512_permutexvar_epi8(_mm512_load_si512(kByLane), bits)};
 }
-CONDU_INLINE Index next_four(Index i) { return {_mm512_srli_epi32(i.v, 4)}; }
-CONDU_INLINE Lanes lookup(const float* table, Index i) {
-  return {_mm512_permutexvar_ps(i.v, _mm512_load_ps(table))};
+// table[four bits of each lane of vector v]: of the first four tasks (half 0) or the others.
+CONDU_INLINE Lanes lookup(const float* table, Pattern p, int v, int half) {
+  const __m512i i = _mm512_srli_epi32(p.v, (unsigned)(8 * v + 4 * half));  // the low four bits count
+  return {_mm512_permutexvar_ps(i, _mm512_load_ps(table))};
 }
 
 CONDU_INLINE Lanes load_f32(const float* p) { return {_mm512_loadu_ps(p)}; }

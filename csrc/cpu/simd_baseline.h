@@ -19,10 +19,6 @@ struct Lanes {
 struct Mask {
   I4 v[4];  // all ones or all zeros in each lane
 };
-struct Index {
-  const uint8_t* pattern;
-  int shift;
-};
 
 #define CONDU_EACH(result, expression) \
   do {                                 \
@@ -119,32 +115,46 @@ CONDU_INLINE Lanes choose(Mask m, Lanes yes, Lanes no) {
 // Sums start at +0 and their terms are never -0, so adding +0 is the same as not adding.
 CONDU_INLINE Lanes add_where(Lanes sum, Mask m, Lanes a) { return sum + keep(m, a); }
 
-// Byte e of `pattern` gets bit e of each of up to eight planes: plane t gives bit t. Eight elements
-// at a time: an 8x8 bit matrix in an integer.
+// Up to eight planes at a block; a step's bits are turned when they are used.
+struct Turned {
+  const uint8_t* const* planes;
+  int count;
+  int64_t byte;
+};
+CONDU_INLINE Turned turn_planes(const uint8_t* const* planes, int count, int64_t byte) {
+  return {planes, count, byte};
+}
+
+// For each of a step's elements a byte with the bits of eight tasks.
+struct Pattern {
+  uint8_t bytes[64];
+};
 CONDU_INLINE uint64_t swap_bits(uint64_t x, int shift, uint64_t low) {
   const uint64_t moved = (x ^ (x >> shift)) & low;
   return x ^ moved ^ (moved << shift);
 }
-CONDU_INLINE void transpose_bits(const uint8_t* const* planes, int count, int64_t byte,
-                                 uint8_t* pattern) {
+// Eight elements at a time: an 8x8 bit matrix in an integer, transposed by three rounds of swaps.
+CONDU_INLINE Pattern load_pattern(const Turned* turned, int s) {
+  Pattern pattern;
   for (int b = 0; b < 8; ++b) {
     uint64_t x = 0;
-    for (int t = 0; t < count; ++t) x |= (uint64_t)planes[t][byte + b] << 8 * t;
+    for (int t = 0; t < turned->count; ++t) {
+      x |= (uint64_t)turned->planes[t][turned->byte + 8 * s + b] << 8 * t;
+    }
     x = swap_bits(x, 7, 0x00aa00aa00aa00aa);
     x = swap_bits(x, 14, 0x0000cccc0000cccc);
     x = swap_bits(x, 28, 0x00000000f0f0f0f0);
-    for (int e = 0; e < 8; ++e) pattern[8 * b + e] = (uint8_t)(x >> 8 * e);
+    for (int e = 0; e < 8; ++e) pattern.bytes[8 * b + e] = (uint8_t)(x >> 8 * e);
   }
+  return pattern;
 }
-CONDU_INLINE Index load_index(const uint8_t* pattern) { return {pattern, 0}; }
-CONDU_INLINE Index next_four(Index i) { return {i.pattern, i.shift + 4}; }
-CONDU_INLINE float entry(const float* table, Index i, int element) {
-  return table[i.pattern[element] >> i.shift & 15];
-}
-CONDU_INLINE Lanes lookup(const float* table, Index i) {
+// table[four bits of each lane of vector v]: of the first four tasks (half 0) or the others.
+CONDU_INLINE Lanes lookup(const float* table, const Pattern& p, int v, int half) {
+  alignas(16) float found[16];
+  for (int l = 0; l < 16; ++l) found[l] = table[p.bytes[16 * v + l] >> 4 * half & 15];
   Lanes r;
-  CONDU_EACH(r, (F4{entry(table, i, 4 * q), entry(table, i, 4 * q + 1), entry(table, i, 4 * q + 2),
-                    entry(table, i, 4 * q + 3)}));
+  memcpy(&r, found, sizeof r);
+  return r;
 }
 
 CONDU_INLINE Lanes load_f32(const float* p) {

@@ -108,11 +108,11 @@ CONDU_INLINE void prefetch_unified(const void* u, int64_t i) {
   prefetch((const char*)u + i * size + kAhead, kStep * size);
 }
 
-// Stores the unified delta and returns its magnitude as stored.
+// Stores the unified delta and returns its magnitude as stored, which is `size` before rounding.
 template <bool kBf16>
-CONDU_INLINE Lanes store_unified(void* u, int64_t i, Lanes value, bool past_cache) {
+CONDU_INLINE Lanes store_unified(void* u, int64_t i, Lanes value, Lanes size, bool past_cache) {
   store<kBf16 ? CONDU_BF16 : CONDU_F32>(u, 0, i, value, past_cache);
-  return magnitude(kBf16 ? through_bf16(value) : value);
+  return kBf16 ? through_bf16(size) : size;
 }
 
 }  // namespace

@@ -13,8 +13,6 @@ namespace {
 // A group's two tables of sixteen: sums, then maxima.
 enum { kTables = 2 * 16 };
 
-CONDU_INLINE int groups_of(int tasks) { return (tasks + 3) / 4; }
-
 static void fill_tables(Triggers old, float* tables) {
   for (int first = 0; first < old.tasks; first += 4, tables += kTables) {
     for (int bits = 0; bits < 16; ++bits) {
@@ -30,22 +28,41 @@ static void fill_tables(Triggers old, float* tables) {
   }
 }
 
-CONDU_INLINE void gather(Triggers old, const float* tables, int64_t byte, Lanes* S, Lanes* X) {
-  for (int v = 0; v < kVectors; ++v) S[v] = X[v] = splat(0.0f);
+// A block's mask bits of all old tasks, eight tasks together, ready for `gather`.
+CONDU_INLINE void turn_block(Triggers old, int64_t byte, Turned* turned) {
   for (int first = 0; first < old.tasks; first += 8) {
-    alignas(64) uint8_t pattern[kStep];
     const int count = old.tasks - first;
-    transpose_bits(old.planes + first, count < 8 ? count : 8, byte, pattern);
-    const float* low = tables + first / 4 * kTables;
-    for (int v = 0; v < kVectors; ++v) {
-      const Index i = load_index(pattern + kLanes * v);
-      S[v] = S[v] + lookup(low, i);
-      X[v] = max_of(X[v], lookup(low + 16, i));
-      if (count <= 4) continue;
-      const Index j = next_four(i);
-      S[v] = S[v] + lookup(low + kTables, j);
-      X[v] = max_of(X[v], lookup(low + kTables + 16, j));
-    }
+    *turned++ = count >= 8 ? turn_planes(old.planes + first, 8, byte)
+                           : turn_planes(old.planes + first, count, byte);
+  }
+}
+
+template <bool kFirst>
+CONDU_INLINE void gather_eight(const Turned* turned, int tasks, const float* tables, int s,
+                               Lanes* S, Lanes* X) {
+  const Pattern pattern = load_pattern(turned, s);
+  for (int v = 0; v < kVectors; ++v) {
+    const Lanes sum = lookup(tables, pattern, v, 0), largest = lookup(tables + 16, pattern, v, 0);
+    S[v] = kFirst ? sum : S[v] + sum;
+    X[v] = kFirst ? largest : max_of(X[v], largest);
+  }
+  if (tasks <= 4) return;
+  tables += kTables;
+  for (int v = 0; v < kVectors; ++v) {
+    S[v] = S[v] + lookup(tables, pattern, v, 1);
+    X[v] = max_of(X[v], lookup(tables + 16, pattern, v, 1));
+  }
+}
+
+CONDU_INLINE void gather(const Turned* turned, int tasks, const float* tables, int s, Lanes* S,
+                         Lanes* X) {
+  if (!tasks) {
+    for (int v = 0; v < kVectors; ++v) S[v] = X[v] = splat(0.0f);
+    return;
+  }
+  gather_eight<true>(turned, tasks, tables, s, S, X);
+  for (int first = 8; first < tasks; first += 8) {
+    gather_eight<false>(++turned, tasks - first, tables += 2 * kTables, s, S, X);
   }
 }
 
@@ -54,7 +71,7 @@ CONDU_INLINE void gather(Triggers old, const float* tables, int64_t byte, Lanes*
 CONDU_INLINE void add_old(Triggers old, int64_t byte, int64_t row, int s, const Lanes* size,
                           Workspace work) {
   for (int t = 0; t < old.tasks; ++t) {
-    add_step_where(work, row + t, s, old.planes[t] + byte, size);
+    add_step_where(work, row + t, s, load_masks(old.planes[t] + byte).of, size);
   }
 }
 

@@ -47,10 +47,11 @@ CONDU_INLINE void unify_step(const UnifyChunk& c, const Stream* models, Stream b
   }
   for (int v = 0; v < kVectors; ++v) {
     const Lanes value = elected(best[v], flag[v]);
-    size[v] = store_unified<kBf16>(c.u, i + kLanes * v, value, c.past_cache);
+    size[v] = store_unified<kBf16>(c.u, i + kLanes * v, value, best[v], c.past_cache);
   }
   for (int t = 0; t < c.tasks; ++t) {
-    add_step_where(c.work, c.tasks + t, s, c.work.lines + t * kLine + s * (kStep / 8), size);
+    const StepMasks agreed = load_masks(c.work.lines + t * kLine + s * (kStep / 8));
+    add_step_where(c.work, c.tasks + t, s, agreed.of, size);
   }
 }
 
@@ -64,7 +65,8 @@ CONDU_RARE Stream pad_models(const UnifyChunk& c, int64_t i) {
 }
 
 template <int kKind, bool kBf16, bool kZero>
-CONDU_INLINE void unify_blocks(const UnifyChunk& c) {
+CONDU_INLINE void unify_blocks(const UnifyChunk& chunk) {
+  const UnifyChunk c = chunk;  // a copy: the compiler cannot know that no store changes it
   start_chunk(c.work, 2 * c.tasks);
   for (int64_t block = 0; block < c.elements; block += kBlock) {
     for (int s = 0; s < kSteps; ++s) {
@@ -73,8 +75,8 @@ CONDU_INLINE void unify_blocks(const UnifyChunk& c) {
       const Stream base = whole ? c.base : pad_models(c, i);
       const Stream* models = whole ? c.models : c.work.ends;
       unify_step<kKind, kBf16, kZero>(c, models, base, i, whole ? i : 0, s);
-      end_step(c.work, 2 * c.tasks, s);
     }
+    end_block(c.work, 2 * c.tasks);
     for (int t = 0; t < c.tasks; ++t) {
       store_line(c.planes[t] + c.byte + block / 8, c.work.lines + t * kLine, c.past_cache);
     }
