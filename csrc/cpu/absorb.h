@@ -54,15 +54,17 @@ CONDU_INLINE void absorb_blocks(const AbsorbChunk& chunk) {
         moved[v] = magnitude(d);
         size[v] = keep(keeps, stored[v]);
       }
-      add_old(c.old, byte, 0, s, size, work);
+      add_old(c.old, turned, byte, 0, s, size, work);
       add_step_where(work, T, s, joins, stored);
       add_step(work, T + 1, s, moved);
     }
-    end_block(work, T + 2);
+    end_block_old(work, 0, T);
+    end_block(work, T, T + 2);
     keep_bits(c.old, line, kept, c.planes, c.past_cache);
     store_line(c.planes[T] + line, joined, c.past_cache);
   }
-  end_chunk(work, T + 2);
+  end_chunk_old(work, 0, T);
+  end_chunk(work, T, T + 2);
 }
 
 template <int kKind, bool kBf16>
@@ -113,14 +115,16 @@ CONDU_INLINE void merge_blocks(const MergeChunk& chunk) {
         size_a[v] = keep(keeps_a, stored);
         size_b[v] = keep(keeps_b, stored);
       }
-      add_old(c.a, byte, 0, s, size_a, work);
-      add_old(c.b, byte, c.a.tasks, s, size_b, work);
+      add_old(c.a, turned_a, byte, 0, s, size_a, work);
+      add_old(c.b, turned_b, byte, c.a.tasks, s, size_b, work);
     }
-    end_block(work, rows);
+    end_block_old(work, 0, c.a.tasks);
+    end_block_old(work, c.a.tasks, rows);
     keep_bits(c.a, line, kept_a, c.planes, c.past_cache);
     keep_bits(c.b, line, kept_b, c.planes + c.a.tasks, c.past_cache);
   }
-  end_chunk(work, rows);
+  end_chunk_old(work, 0, c.a.tasks);
+  end_chunk_old(work, c.a.tasks, rows);
 }
 
 template <bool kBf16>

@@ -50,9 +50,9 @@ void measure_chunk(const MeasureChunk& c) {
       }
       add_step(c.work, 0, s, moved);
     }
-    end_block(c.work, 1);
+    end_block(c.work, 0, 1);
   }
-  end_chunk(c.work, 1);
+  end_chunk(c.work, 0, 1);
 }
 
 }  // namespace

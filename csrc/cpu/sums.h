@@ -38,8 +38,8 @@ CONDU_INLINE StepMasks load_masks(const uint8_t* bits) {
   return {{load_mask(bits), load_mask(bits + 2), load_mask(bits + 4), load_mask(bits + 6)}};
 }
 
-CONDU_INLINE void end_block(Workspace work, int rows) {
-  for (int r = 0; r < rows; ++r) {
+CONDU_INLINE void end_block(Workspace work, int first, int last) {
+  for (int r = first; r < last; ++r) {
     const float* sums = step_sums(work, r, 0);
     const Lanes low = (load_f32(sums) + load_f32(sums + 16)) +
                       (load_f32(sums + 32) + load_f32(sums + 48));
@@ -53,8 +53,8 @@ CONDU_INLINE void start_chunk(Workspace work, int rows) {
   memset(work.lanes, 0, sizeof(double) * kLanes * rows);
 }
 
-CONDU_INLINE void end_chunk(Workspace work, int rows) {
-  for (int r = 0; r < rows; ++r) {
+CONDU_INLINE void end_chunk(Workspace work, int first, int last) {
+  for (int r = first; r < last; ++r) {
     double total = 0;
     for (int l = 0; l < kLanes; ++l) total += work.lanes[kLanes * r + l];
     work.total[r] = total;

@@ -66,13 +66,36 @@ CONDU_INLINE void gather(const Turned* turned, int tasks, const float* tables, i
   }
 }
 
-// den' += M'·|u'| for every old task. `size` is |u'| where the old tasks' side was kept and +0
-// elsewhere, so the old bits select the right terms.
-CONDU_INLINE void add_old(Triggers old, int64_t byte, int64_t row, int s, const Lanes* size,
-                          Workspace work) {
-  for (int t = 0; t < old.tasks; ++t) {
+// How many of the tasks, from the first on, are summed by sixteens: none, unless an instruction set
+// has its own way (sixteens_avx512.h), which gives the same sums in another layout.
+#ifndef CONDU_SIXTEENS
+CONDU_INLINE int in_sixteens(int) { return 0; }
+CONDU_INLINE void add_sixteens(const Turned*, int, int64_t, int, const Lanes*, Workspace) {}
+CONDU_INLINE void end_block_sixteens(Workspace, int, int) {}
+CONDU_INLINE void end_chunk_sixteens(Workspace, int, int) {}
+#endif
+
+// den' += M'·|u'| for every old task; their sums are rows `row` and following. `size` is |u'| where
+// the old tasks' side was kept and +0 elsewhere, so the old bits select the right terms.
+CONDU_INLINE void add_old(Triggers old, const Turned* turned, int64_t byte, int64_t row, int s,
+                          const Lanes* size, Workspace work) {
+  const int first = in_sixteens(old.tasks);
+  if (first) add_sixteens(turned, first, row, s, size, work);
+  for (int t = first; t < old.tasks; ++t) {
     add_step_where(work, row + t, s, load_masks(old.planes[t] + byte).of, size);
   }
+}
+
+CONDU_INLINE void end_block_old(Workspace work, int first, int last) {
+  const int turned = first + in_sixteens(last - first);
+  end_block_sixteens(work, first, turned);
+  end_block(work, turned, last);
+}
+
+CONDU_INLINE void end_chunk_old(Workspace work, int first, int last) {
+  const int turned = first + in_sixteens(last - first);
+  end_chunk_sixteens(work, first, turned);
+  end_chunk(work, turned, last);
 }
 
 // M' = M & keep for a block. A lost bit never comes back.

@@ -76,12 +76,12 @@ CONDU_INLINE void unify_blocks(const UnifyChunk& chunk) {
       const Stream* models = whole ? c.models : c.work.ends;
       unify_step<kKind, kBf16, kZero>(c, models, base, i, whole ? i : 0, s);
     }
-    end_block(c.work, 2 * c.tasks);
+    end_block(c.work, 0, 2 * c.tasks);
     for (int t = 0; t < c.tasks; ++t) {
       store_line(c.planes[t] + c.byte + block / 8, c.work.lines + t * kLine, c.past_cache);
     }
   }
-  end_chunk(c.work, 2 * c.tasks);
+  end_chunk(c.work, 0, 2 * c.tasks);
 }
 
 template <int kKind, bool kBf16>
