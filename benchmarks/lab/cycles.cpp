@@ -21,7 +21,7 @@
 
 namespace {
 
-constexpr int64_t kElements = 32768;
+constexpr int64_t kElements = 16384;
 
 double seconds() {
   timespec t;

@@ -18,16 +18,17 @@ CONDU_INLINE void absorb_blocks(const AbsorbChunk& chunk) {
   const Workspace work = c.work;
   const int T = c.old.tasks;
   const Lanes tie = splat(tie_for(c.zero_sum == CONDU_NEGATIVE));
-  uint8_t *kept = work.lines, *joined = work.lines + kLine;
+  uint8_t *joined = work.lines, *kept = joined + kLine, *lines = kept + kLine;
   Turned* turned = (Turned*)work.turned;
   fill_tables(c.old, work.tables);
+  memset(lines, 0, (T + 7) / 8 * 8 * kLine);  // no task: no bits
   start_chunk(work, T + 2);
   for (int64_t block = 0; block < c.elements; block += kBlock) {
     const int64_t line = c.byte + block / 8;
     prefetch_planes(c.old, line);
-    turn_block(c.old, line, turned);
+    load_block(c.old, line, lines, turned);
     for (int s = 0; s < kSteps; ++s) {
-      const int64_t i = block + s * kStep, byte = line + step_byte(s);
+      const int64_t i = block + s * kStep;
       const bool whole = i + kStep <= c.elements;
       const Stream model = whole ? c.model : pad(c.model, i, c.elements, work.padded);
       const Stream base = whole ? c.base : pad(c.base, i, c.elements, work.padded + 4 * kStep);
@@ -54,13 +55,13 @@ CONDU_INLINE void absorb_blocks(const AbsorbChunk& chunk) {
         moved[v] = magnitude(d);
         size[v] = keep(keeps, stored[v]);
       }
-      add_old(c.old, turned, byte, 0, s, size, work);
+      add_old(T, lines, turned, 0, s, size, work);
       add_step_where(work, T, s, joins, stored);
       add_step(work, T + 1, s, moved);
     }
     end_block_old(work, 0, T);
     end_block(work, T, T + 2);
-    keep_bits(c.old, line, kept, c.planes, c.past_cache);
+    keep_bits(T, lines, kept, line, c.planes, c.past_cache);
     store_line(c.planes[T] + line, joined, c.past_cache);
   }
   end_chunk_old(work, 0, T);
@@ -79,21 +80,23 @@ CONDU_INLINE void merge_blocks(const MergeChunk& chunk) {
   const Workspace work = c.work;
   const int rows = c.a.tasks + c.b.tasks;
   const Lanes tie = splat(tie_for(c.zero_sum == CONDU_NEGATIVE));
-  uint8_t *kept_a = work.lines, *kept_b = work.lines + kLine;
+  uint8_t *kept_a = work.lines, *lines_a = kept_a + kLine;
+  uint8_t *kept_b = lines_a + (c.a.tasks + 7) / 8 * 8 * kLine, *lines_b = kept_b + kLine;
   float *tables_a = work.tables, *tables_b = tables_a + (c.a.tasks + 7) / 8 * 2 * kTables;
   Turned* turned_a = (Turned*)work.turned;
   Turned* turned_b = turned_a + (c.a.tasks + 7) / 8;
   fill_tables(c.a, tables_a);
   fill_tables(c.b, tables_b);
+  memset(work.lines, 0, (size_t)(lines_b - work.lines) + (c.b.tasks + 7) / 8 * 8 * kLine);
   start_chunk(work, rows);
   for (int64_t block = 0; block < c.elements; block += kBlock) {
     const int64_t line = c.byte + block / 8;
     prefetch_planes(c.a, line);
     prefetch_planes(c.b, line);
-    turn_block(c.a, line, turned_a);
-    turn_block(c.b, line, turned_b);
+    load_block(c.a, line, lines_a, turned_a);
+    load_block(c.b, line, lines_b, turned_b);
     for (int s = 0; s < kSteps; ++s) {
-      const int64_t i = block + s * kStep, byte = line + step_byte(s);
+      const int64_t i = block + s * kStep;
       prefetch_unified<kBf16>(c.a_u, i);
       prefetch_unified<kBf16>(c.b_u, i);
       Lanes Sa[kVectors], Xa[kVectors], Sb[kVectors], Xb[kVectors];
@@ -110,18 +113,17 @@ CONDU_INLINE void merge_blocks(const MergeChunk& chunk) {
         store_mask(kept_b + step_byte(s) + 2 * v, keeps_b);
         const Lanes best = max_of(b * Xb[v], max_of(a * Xa[v], splat(0.0f)));
         const Lanes value = elected(best, flag);
-        const Lanes stored =
-            store_unified<kBf16>(c.u, i + kLanes * v, value, best, c.past_cache);
+        const Lanes stored = store_unified<kBf16>(c.u, i + kLanes * v, value, best, c.past_cache);
         size_a[v] = keep(keeps_a, stored);
         size_b[v] = keep(keeps_b, stored);
       }
-      add_old(c.a, turned_a, byte, 0, s, size_a, work);
-      add_old(c.b, turned_b, byte, c.a.tasks, s, size_b, work);
+      add_old(c.a.tasks, lines_a, turned_a, 0, s, size_a, work);
+      add_old(c.b.tasks, lines_b, turned_b, c.a.tasks, s, size_b, work);
     }
     end_block_old(work, 0, c.a.tasks);
     end_block_old(work, c.a.tasks, rows);
-    keep_bits(c.a, line, kept_a, c.planes, c.past_cache);
-    keep_bits(c.b, line, kept_b, c.planes + c.a.tasks, c.past_cache);
+    keep_bits(c.a.tasks, lines_a, kept_a, line, c.planes, c.past_cache);
+    keep_bits(c.b.tasks, lines_b, kept_b, line, c.planes + c.a.tasks, c.past_cache);
   }
   end_chunk_old(work, 0, c.a.tasks);
   end_chunk_old(work, c.a.tasks, rows);

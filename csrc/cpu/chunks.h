@@ -75,8 +75,8 @@ class Workspaces {
 
   Workspace of(int thread) const {
     char* mine = (char*)memory_ + stride_ * thread;
-    return {(float*)(mine + steps_),  (double*)(mine + lanes_),  (double*)(mine + total_),
-            (float*)(mine + tables_), mine + turned_,            (uint8_t*)(mine + lines_),
+    return {(float*)(mine + steps_),  (double*)(mine + lanes_), (double*)(mine + total_),
+            (float*)(mine + tables_), mine + turned_,           (uint8_t*)(mine + lines_),
             mine + padded_,           (Stream*)(mine + ends_)};
   }
   Stream* models(int thread) const {

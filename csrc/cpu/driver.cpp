@@ -66,7 +66,7 @@ int condu_absorb(const condu_layout* layout, const condu_state* old, const condu
 
   const int T = old->tasks;
   const int64_t chunks = condu_chunks(layout);
-  const Workspaces work(threads, T + 2, eights_of(T), 2, 1);
+  const Workspaces work(threads, T + 2, eights_of(T), 2 + 8 * eights_of(T), 1);
   const Rescalers rescalers(layout, old);
   // In place, the lines to store are in the caches already.
   const bool apart = out->u != old->u, bf16 = out->dtype == CONDU_BF16;
@@ -105,7 +105,8 @@ int condu_merge(const condu_layout* layout, const condu_state* a, const condu_st
   if (a->dtype != b->dtype || out->dtype != a->dtype) return CONDU_BAD_ARGUMENT;
 
   const int64_t chunks = condu_chunks(layout);
-  const Workspaces work(threads, tasks, eights_of(a->tasks) + eights_of(b->tasks), 2, 0);
+  const int eights = eights_of(a->tasks) + eights_of(b->tasks);
+  const Workspaces work(threads, tasks, eights, 2 + 8 * eights, 0);
   const Rescalers rescalers_a(layout, a), rescalers_b(layout, b);
   const bool past = past_cache(layout) && on_lines(out, tasks), bf16 = out->dtype == CONDU_BF16;
   expect_large(layout, out, 0, tasks);

@@ -1,4 +1,5 @@
-// Kernels for AVX-512 F, BW, DQ, VL, VBMI and GFNI; compiled with that instruction set's flags alone.
+// Kernels for AVX-512 F, BW, DQ, VL, VBMI and GFNI; compiled with that instruction set's flags
+// alone.
 #include "cpu/simd_avx512.h"
 #include "cpu/sixteens_avx512.h"
 #include "cpu/table.h"

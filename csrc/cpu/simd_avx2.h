@@ -84,23 +84,19 @@ CONDU_INLINE Lanes choose(Mask m, Lanes yes, Lanes no) {
 // Sums start at +0 and their terms are never -0, so adding +0 is the same as not adding.
 CONDU_INLINE Lanes add_where(Lanes sum, Mask m, Lanes a) { return sum + keep(m, a); }
 
-// Up to eight planes at a block; a step's bits are turned when they are used.
+// Eight planes' lines; a step's bits are turned when they are used.
 struct Turned {
-  const uint8_t* const* planes;
-  int count;
-  int64_t byte;
+  const uint8_t* lines;
 };
-CONDU_INLINE Turned turn_planes(const uint8_t* const* planes, int count, int64_t byte) {
-  return {planes, count, byte};
-}
+CONDU_INLINE Turned turn_lines(const uint8_t* lines) { return {lines}; }
 
 // For each of a step's elements a byte with the bits of eight tasks.
 struct Pattern {
   alignas(32) uint8_t bytes[64];
 };
 CONDU_INLINE __m256i swap_bits(__m256i x, int shift, int64_t low) {
-  const __m256i moved = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi64(x, shift)),
-                                         _mm256_set1_epi64x(low));
+  const __m256i moved =
+      _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi64(x, shift)), _mm256_set1_epi64x(low));
   return _mm256_xor_si256(x, _mm256_xor_si256(moved, _mm256_slli_epi64(moved, shift)));
 }
 // 32 elements at a time: four bytes of each plane become four 8x8 bit matrices, one in each 64-bit
@@ -111,9 +107,9 @@ CONDU_INLINE Pattern load_pattern(const Turned* turned, int s) {
   const __m256i interleave = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   Pattern pattern;
   for (int half = 0; half < 2; ++half) {
-    alignas(32) uint8_t rows[8][4] = {{0}};
-    for (int t = 0; t < turned->count; ++t) {
-      __builtin_memcpy(rows[t], turned->planes[t] + turned->byte + 8 * s + 4 * half, 4);
+    alignas(32) uint8_t rows[8][4];
+    for (int t = 0; t < 8; ++t) {
+      __builtin_memcpy(rows[t], turned->lines + t * kLine + 8 * s + 4 * half, 4);
     }
     __m256i x = _mm256_load_si256((const __m256i*)rows);
     x = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(x, by_byte), interleave);
@@ -183,7 +179,7 @@ CONDU_INLINE void stream_f16(uint16_t* p, Lanes a) { _mm256_stream_si256((__m256
 // Cache lines of mask bits.
 CONDU_INLINE void store_line(uint8_t* p, const uint8_t* line, bool past_cache) {
   for (int b = 0; b < 64; b += 32) {
-    const __m256i bits = _mm256_load_si256((const __m256i*)(line + b));
+    const __m256i bits = _mm256_loadu_si256((const __m256i*)(line + b));
     past_cache ? _mm256_stream_si256((__m256i*)(p + b), bits)
                : _mm256_storeu_si256((__m256i*)(p + b), bits);
   }

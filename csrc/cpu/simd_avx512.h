@@ -27,11 +27,11 @@ CONDU_INLINE Lanes magnitude(Lanes a) { return {_mm512_abs_ps(a.v)}; }
 CONDU_INLINE Lanes without_negative_zero(Lanes a) {
   return {_mm512_add_ps(a.v, _mm512_setzero_ps())};
 }
-// a ^ (~sign & signbit)
+// a ^ (~sign & signbit). By hand: gcc 12 moves values between its float and integer vectors through
+// memory.
 CONDU_INLINE Lanes negate_unless(Lanes a, Lanes sign) {
-  const __m512i bits = _mm512_ternarylogic_epi32(
-      _mm512_castps_si512(a.v), _mm512_castps_si512(sign.v), _mm512_set1_epi32(1 << 31), 0xd2);
-  return {_mm512_castsi512_ps(bits)};
+  asm("vpternlogd $0xd2, %2, %1, %0" : "+v"(a.v) : "v"(sign.v), "v"(_mm512_set1_epi32(1 << 31)));
+  return a;
 }
 
 CONDU_INLINE Mask above_zero(Lanes a) {
@@ -63,12 +63,10 @@ CONDU_INLINE Lanes add_where(Lanes sum, Mask m, Lanes a) {
 struct Turned {
   __m512i step[kSteps];  // 64-bit lane t: plane t
 };
-// A block of `count` <= 8 planes; the others are zeros.
-CONDU_INLINE Turned turn_planes(const uint8_t* const* planes, int count, int64_t byte) {
-  const __m512i none = _mm512_setzero_si512();
+CONDU_INLINE Turned turn_lines(const uint8_t* lines) {
   __m512i a[8], b[8];
 #pragma GCC unroll 8
-  for (int t = 0; t < 8; ++t) a[t] = t < count ? _mm512_loadu_si512(planes[t] + byte) : none;
+  for (int t = 0; t < 8; ++t) a[t] = _mm512_load_si512(lines + t * kLine);
 #pragma GCC unroll 8
   for (int t = 0; t < 8; t += 2) {
     b[t] = _mm512_unpacklo_epi64(a[t], a[t + 1]);
@@ -91,8 +89,8 @@ CONDU_INLINE Turned turn_planes(const uint8_t* const* planes, int count, int64_t
   return r;
 }
 
-// For each of a step's elements the bits of eight tasks. Byte 4 l + v belongs to lane l of vector v,
-// so that a shift brings any vector's bits to the bottom of the 32-bit lanes.
+// For each of a step's elements the bits of eight tasks. Byte 4 l + v belongs to lane l of vector
+// v, so that a shift brings any vector's bits to the bottom of the 32-bit lanes.
 struct Pattern {
   __m512i v;
 };
@@ -100,12 +98,12 @@ CONDU_INLINE Pattern load_pattern(const Turned* turned, int s) {
   // Bytes of each group of eight elements, last task first: a bit matrix as GF2P8AFFINEQB reads it,
   // which multiplied by the unit vectors is its transpose.
   alignas(64) static constexpr uint8_t kByGroup[64] = {
-      56, 48, 40, 32, 24, 16, 8,  0, 57, 49, 41, 33, 25, 17, 9,  1, 58, 50, 42, 34, 26, 18,
-      10, 2,  59, 51, 43, 35, 27, 19, 11, 3, 60, 52, 44, 36, 28, 20, 12, 4, 61, 53, 45, 37,
-      29, 21, 13, 5,  62, 54, 46, 38, 30, 22, 14, 6, 63, 55, 47, 39, 31, 23, 15, 7};
+      56, 48, 40, 32, 24, 16, 8,  0,  57, 49, 41, 33, 25, 17, 9,  1,  58, 50, 42, 34, 26, 18,
+      10, 2,  59, 51, 43, 35, 27, 19, 11, 3,  60, 52, 44, 36, 28, 20, 12, 4,  61, 53, 45, 37,
+      29, 21, 13, 5,  62, 54, 46, 38, 30, 22, 14, 6,  63, 55, 47, 39, 31, 23, 15, 7};
   alignas(64) static constexpr uint8_t kByLane[64] = {
-      0, 16, 32, 48, 1, 17, 33, 49, 2,  18, 34, 50, 3,  19, 35, 51, 4,  20, 36, 52, 5,  21,
-      37, 53, 6, 22, 38, 54, 7, 23, 39, 55, 8,  24, 40, 56, 9,  25, 41, 57, 10, 26, 42, 58,
+      0,  16, 32, 48, 1,  17, 33, 49, 2,  18, 34, 50, 3,  19, 35, 51, 4,  20, 36, 52, 5,  21,
+      37, 53, 6,  22, 38, 54, 7,  23, 39, 55, 8,  24, 40, 56, 9,  25, 41, 57, 10, 26, 42, 58,
       11, 27, 43, 59, 12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63};
   const __m512i matrix = _mm512_permutexvar_epi8(_mm512_load_si512(kByGroup), turned->step[s]);
   const __m512i units = _mm512_set1_epi64((int64_t)0x8040201008040201);
@@ -114,7 +112,8 @@ CONDU_INLINE Pattern load_pattern(const Turned* turned, int s) {
 }
 // table[four bits of each lane of vector v]: of the first four tasks (half 0) or the others.
 CONDU_INLINE Lanes lookup(const float* table, Pattern p, int v, int half) {
-  const __m512i i = _mm512_srli_epi32(p.v, (unsigned)(8 * v + 4 * half));  // the low four bits count
+  const __m512i i =
+      _mm512_srli_epi32(p.v, (unsigned)(8 * v + 4 * half));  // the low four bits count
   return {_mm512_permutexvar_ps(i, _mm512_load_ps(table))};
 }
 
@@ -150,7 +149,7 @@ CONDU_INLINE void stream_f16(uint16_t* p, Lanes a) {
 
 // Cache lines of mask bits.
 CONDU_INLINE void store_line(uint8_t* p, const uint8_t* line, bool past_cache) {
-  const __m512i bits = _mm512_load_si512(line);
+  const __m512i bits = _mm512_loadu_si512(line);
   past_cache ? _mm512_stream_si512((__m512i*)p, bits) : _mm512_storeu_si512(p, bits);
 }
 CONDU_INLINE void store_common(uint8_t* p, const uint8_t* a, const uint8_t* line, bool past_cache) {

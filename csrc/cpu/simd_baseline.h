@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "cpu/kernels.h"
+
 #define CONDU_INLINE static inline __attribute__((always_inline))
 
 namespace condu {
@@ -115,15 +117,11 @@ CONDU_INLINE Lanes choose(Mask m, Lanes yes, Lanes no) {
 // Sums start at +0 and their terms are never -0, so adding +0 is the same as not adding.
 CONDU_INLINE Lanes add_where(Lanes sum, Mask m, Lanes a) { return sum + keep(m, a); }
 
-// Up to eight planes at a block; a step's bits are turned when they are used.
+// Eight planes' lines; a step's bits are turned when they are used.
 struct Turned {
-  const uint8_t* const* planes;
-  int count;
-  int64_t byte;
+  const uint8_t* lines;
 };
-CONDU_INLINE Turned turn_planes(const uint8_t* const* planes, int count, int64_t byte) {
-  return {planes, count, byte};
-}
+CONDU_INLINE Turned turn_lines(const uint8_t* lines) { return {lines}; }
 
 // For each of a step's elements a byte with the bits of eight tasks.
 struct Pattern {
@@ -138,8 +136,8 @@ CONDU_INLINE Pattern load_pattern(const Turned* turned, int s) {
   Pattern pattern;
   for (int b = 0; b < 8; ++b) {
     uint64_t x = 0;
-    for (int t = 0; t < turned->count; ++t) {
-      x |= (uint64_t)turned->planes[t][turned->byte + 8 * s + b] << 8 * t;
+    for (int t = 0; t < 8; ++t) {
+      x |= (uint64_t)turned->lines[t * kLine + 8 * s + b] << 8 * t;
     }
     x = swap_bits(x, 7, 0x00aa00aa00aa00aa);
     x = swap_bits(x, 14, 0x0000cccc0000cccc);

@@ -28,13 +28,13 @@ CONDU_INLINE void add_sixteens(const Turned* turned, int tasks, int64_t row, int
   alignas(64) float terms[kVectors][kLanes];
   __m512 table[kLanes];
   for (int v = 0; v < kVectors; ++v) store_f32(terms[v], size[v]);
+  asm("" : "+m"(terms));  // or gcc broadcasts from registers, by way of the port that permutes
 #pragma GCC unroll 16
   for (int l = 0; l < kLanes; ++l) {
     const __m512 low = _mm512_maskz_mov_ps(0xaaaa, _mm512_set1_ps(terms[0][l]));
     const __m512 high = _mm512_maskz_mov_ps(0xf0f0, _mm512_set1_ps(terms[2][l]));
-    table[l] = _mm512_add_ps(
-        _mm512_mask_add_ps(low, 0xcccc, low, _mm512_set1_ps(terms[1][l])),
-        _mm512_mask_add_ps(high, 0xff00, high, _mm512_set1_ps(terms[3][l])));
+    table[l] = _mm512_add_ps(_mm512_mask_add_ps(low, 0xcccc, low, _mm512_set1_ps(terms[1][l])),
+                             _mm512_mask_add_ps(high, 0xff00, high, _mm512_set1_ps(terms[3][l])));
   }
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));

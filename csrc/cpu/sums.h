@@ -41,10 +41,10 @@ CONDU_INLINE StepMasks load_masks(const uint8_t* bits) {
 CONDU_INLINE void end_block(Workspace work, int first, int last) {
   for (int r = first; r < last; ++r) {
     const float* sums = step_sums(work, r, 0);
-    const Lanes low = (load_f32(sums) + load_f32(sums + 16)) +
-                      (load_f32(sums + 32) + load_f32(sums + 48));
-    const Lanes high = (load_f32(sums + 64) + load_f32(sums + 80)) +
-                       (load_f32(sums + 96) + load_f32(sums + 112));
+    const Lanes low =
+        (load_f32(sums) + load_f32(sums + 16)) + (load_f32(sums + 32) + load_f32(sums + 48));
+    const Lanes high =
+        (load_f32(sums + 64) + load_f32(sums + 80)) + (load_f32(sums + 96) + load_f32(sums + 112));
     add_to_double(work.lanes + r * kLanes, low + high);
   }
 }

@@ -28,13 +28,12 @@ static void fill_tables(Triggers old, float* tables) {
   }
 }
 
-// A block's mask bits of all old tasks, eight tasks together, ready for `gather`.
-CONDU_INLINE void turn_block(Triggers old, int64_t byte, Turned* turned) {
-  for (int first = 0; first < old.tasks; first += 8) {
-    const int count = old.tasks - first;
-    *turned++ = count >= 8 ? turn_planes(old.planes + first, 8, byte)
-                           : turn_planes(old.planes + first, count, byte);
-  }
+// A block's mask lines, and turned for `gather`. They are copied first: large planes start at the
+// same place of a page, so at any time all their lines compete for one set of the first-level
+// cache, and a line should be read from there once.
+CONDU_INLINE void load_block(Triggers old, int64_t byte, uint8_t* lines, Turned* turned) {
+  for (int t = 0; t < old.tasks; ++t) store_line(lines + t * kLine, old.planes[t] + byte, false);
+  for (int first = 0; first < old.tasks; first += 8) *turned++ = turn_lines(lines + first * kLine);
 }
 
 template <bool kFirst>
@@ -77,12 +76,12 @@ CONDU_INLINE void end_chunk_sixteens(Workspace, int, int) {}
 
 // den' += M'·|u'| for every old task; their sums are rows `row` and following. `size` is |u'| where
 // the old tasks' side was kept and +0 elsewhere, so the old bits select the right terms.
-CONDU_INLINE void add_old(Triggers old, const Turned* turned, int64_t byte, int64_t row, int s,
+CONDU_INLINE void add_old(int tasks, const uint8_t* lines, const Turned* turned, int64_t row, int s,
                           const Lanes* size, Workspace work) {
-  const int first = in_sixteens(old.tasks);
+  const int first = in_sixteens(tasks);
   if (first) add_sixteens(turned, first, row, s, size, work);
-  for (int t = first; t < old.tasks; ++t) {
-    add_step_where(work, row + t, s, load_masks(old.planes[t] + byte).of, size);
+  for (int t = first; t < tasks; ++t) {
+    add_step_where(work, row + t, s, load_masks(lines + t * kLine + s * (kStep / 8)).of, size);
   }
 }
 
@@ -99,10 +98,10 @@ CONDU_INLINE void end_chunk_old(Workspace work, int first, int last) {
 }
 
 // M' = M & keep for a block. A lost bit never comes back.
-CONDU_INLINE void keep_bits(Triggers old, int64_t byte, const uint8_t* kept, uint8_t* const* planes,
-                            bool past_cache) {
-  for (int t = 0; t < old.tasks; ++t) {
-    store_common(planes[t] + byte, old.planes[t] + byte, kept, past_cache);
+CONDU_INLINE void keep_bits(int tasks, const uint8_t* lines, const uint8_t* kept, int64_t byte,
+                            uint8_t* const* planes, bool past_cache) {
+  for (int t = 0; t < tasks; ++t) {
+    store_common(planes[t] + byte, lines + t * kLine, kept, past_cache);
   }
 }
 
