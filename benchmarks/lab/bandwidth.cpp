@@ -2,7 +2,7 @@
 // and copy timed alternately in one process: median of the paired ratios. Outputs are allocated and
 // touched beforehand, so page faults do not count.
 //
-// Usage: bandwidth [threads] [millions of parameters] [pairs]; build: benchmarks/lab/README.md.
+// Usage: bandwidth [threads] [millions of parameters] [pairs] [part of a row's name]; build: benchmarks/lab/README.md.
 #include <omp.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -21,6 +21,7 @@
 namespace {
 
 int threads = 2, pairs = 7;
+std::string wanted;
 int64_t elements;
 char *copy_from, *copy_to;
 constexpr int64_t kCopied = (int64_t)512 << 20;
@@ -78,6 +79,7 @@ double copy_rate() {
 }
 
 void report(const std::string& name, double bytes, const std::function<void()>& call) {
+  if (name.find(wanted) == std::string::npos) return;
   std::vector<double> ratio, rate, copy;
   call();
   copy_rate();
@@ -104,6 +106,7 @@ int main(int argc, char** argv) {
   if (argc > 1) threads = atoi(argv[1]);
   const int64_t millions = argc > 2 ? atoll(argv[2]) : 128;
   if (argc > 3) pairs = atoi(argv[3]);
+  if (argc > 4) wanted = argv[4];
   elements = millions << 20;
   copy_from = filled(kCopied, [](uint32_t r) { return r; });
   copy_to = filled(kCopied, [](uint32_t r) { return r; });

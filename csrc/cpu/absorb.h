@@ -33,8 +33,8 @@ CONDU_INLINE void absorb_blocks(const AbsorbChunk& chunk) {
       const Stream model = whole ? c.model : pad(c.model, i, c.elements, work.padded);
       const Stream base = whole ? c.base : pad(c.base, i, c.elements, work.padded + 4 * kStep);
       const int64_t at = whole ? i : 0;
-      prefetch<kKind>(c.model, i);
-      if (c.base.data) prefetch<kKind>(c.base, i);
+      prefetch<kKind>(c.model, i, kFar);
+      prefetch<kKind>(c.base, i, kFar);
       prefetch_unified<kBf16>(c.old_u, i);
 
       Lanes S[kVectors], X[kVectors], moved[kVectors], stored[kVectors], size[kVectors];

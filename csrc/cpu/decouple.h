@@ -24,7 +24,7 @@ template <int kKind, bool kBf16>
 void decouple_chunk(const DecoupleChunk& c) {
   int64_t i = 0;
   for (; i + kStep <= c.elements; i += kStep) {
-    if (c.base.data) prefetch<kKind>(c.base, i);
+    prefetch<kKind>(c.base, i, kFar);
     prefetch_unified<kBf16>(c.u, i);
     decouple_vectors<kKind, kBf16>(c, c.base, c.out, i, i, c.past_cache);
   }

@@ -9,8 +9,8 @@ namespace {
 
 #define CONDU_RARE static __attribute__((noinline))
 
-// How far ahead of the hardware's prefetcher the streams are asked for, in bytes.
-enum { kAhead = 2048 };
+// How far ahead a stream is asked for, in bytes: far where there are few, near where there are many.
+enum { kFar = 2048, kNear = 512 };
 
 CONDU_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch((const char*)p + b);
@@ -63,9 +63,9 @@ CONDU_INLINE Lanes load(Stream s, int64_t i) {
 }
 
 template <int kKind>
-CONDU_INLINE void prefetch(Stream s, int64_t i) {
+CONDU_INLINE void prefetch(Stream s, int64_t i, int ahead) {
   const int size = kKind == kMixed ? size_of(s.dtype) : size_of(kKind);
-  prefetch((const char*)s.data + i * size + kAhead, kStep * size);
+  if (s.data) prefetch((const char*)s.data + i * size + ahead, kStep * size);
 }
 
 template <int kKind>
@@ -105,7 +105,7 @@ CONDU_INLINE Lanes load_unified(const void* u, int64_t i) {
 template <bool kBf16>
 CONDU_INLINE void prefetch_unified(const void* u, int64_t i) {
   const int size = kBf16 ? 2 : 4;
-  prefetch((const char*)u + i * size + kAhead, kStep * size);
+  prefetch((const char*)u + i * size + kFar, kStep * size);
 }
 
 // Stores the unified delta and returns its magnitude as stored, which is `size` before rounding.

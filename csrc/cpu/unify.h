@@ -72,6 +72,8 @@ CONDU_INLINE void unify_blocks(const UnifyChunk& chunk) {
     for (int s = 0; s < kSteps; ++s) {
       const int64_t i = block + s * kStep;
       const bool whole = i + kStep <= c.elements;
+      for (int t = 0; t < c.tasks; ++t) prefetch<kKind>(c.models[t], i, kNear);
+      prefetch<kKind>(c.base, i, kNear);
       const Stream base = whole ? c.base : pad_models(c, i);
       const Stream* models = whole ? c.models : c.work.ends;
       unify_step<kKind, kBf16, kZero>(c, models, base, i, whole ? i : 0, s);
