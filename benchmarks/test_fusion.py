@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from memory import peak_memory
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import condu_ext as cx
 import straightforward
-from memory import peak_memory
 from table import Row, Table
 
 Weights = dict[str, Tensor]

@@ -1,0 +1,85 @@
+"""What a baseline is, and the form in which its states are compared."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import condu_ext as cx
+from condu.bench.cases import Case
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass
+class Triggered:
+    """A unified delta by tensor name; for each task bool masks by name and λ = norm / Σ M·|u|.
+
+    A task's norm, the sum of its delta's magnitudes, never changes after it joined.
+    """
+
+    delta: dict[str, Tensor]
+    masks: list[dict[str, Tensor]]
+    norms: list[float]
+    rescalers: list[float]
+
+
+class Baseline(ABC):
+    """The operations on states of the baseline's own, named as in :mod:`condu_ext`."""
+
+    compiles = False
+    """Whether the first call also compiles: it is not timed then."""
+
+    def reset(self) -> None:  # noqa: B027 (most baselines keep nothing)
+        """Forget what was kept for another case."""
+
+    def state_of(self, state: cx.UnifiedDelta) -> Triggered:
+        """The same state in the baseline's form; may share the memory of the unified delta."""
+        masks = [state.mask(task) for task in state.tasks]
+        return Triggered(state.delta, masks, *norms_and_rescalers(state, masks))
+
+    @abstractmethod
+    def unify(
+        self, models: Sequence[Weights], pretrained: Weights, dtype: torch.dtype
+    ) -> Triggered:
+        """A state of float32 or bfloat16 from T models."""
+
+    @abstractmethod
+    def absorb(self, state: Triggered, finetuned: Weights, pretrained: Weights) -> Triggered:
+        """A new state with one more task."""
+
+    @abstractmethod
+    def merge(self, a: Triggered, b: Triggered) -> Triggered:
+        """A new state with the tasks of a, then those of b."""
+
+    @abstractmethod
+    def decouple_(self, state: Triggered, task: int, pretrained: Weights, out: Weights) -> None:
+        """Write θ_0 + λ·M⊙u into ``out``."""
+
+    @abstractmethod
+    def extra_bytes(self, case: Case, device: torch.device) -> int:
+        """Estimate of the memory at the highest point above our inputs and our result: the
+        incoming state in the baseline's form and what the operation itself takes."""
+
+
+def norms_and_rescalers(
+    state: cx.UnifiedDelta, masks: Sequence[Mapping[str, Tensor]]
+) -> tuple[list[float], list[float]]:
+    """Σ|d| and λ of every task; the first from the second, for a state does not show its sums."""
+    delta, rescalers = state.delta, [rescaler_of(state, task) for task in state.tasks]
+    norms = []
+    for mask, rescaler in zip(masks, rescalers, strict=True):
+        held = [(u.float().abs() * mask[n]).sum(dtype=torch.float64) for n, u in delta.items()]
+        norms.append(rescaler * float(sum(held)))
+    return norms, rescalers
+
+
+def rescaler_of(state: cx.UnifiedDelta, task: str) -> float:
+    """λ of a task of a state whose rule is global."""
+    value = state.rescaler(task)
+    assert isinstance(value, float)
+    return value
