@@ -129,9 +129,13 @@ class Suite:
         )
         return result
 
+    def operation(self, case: Case) -> Operation:
+        """The calls of a case, on inputs that the next other case overwrites."""
+        return operation_of(case, self._inputs_of(case))
+
     def _measure(self, case: Case, needed: int) -> CaseResult:
         device = self.settings.device
-        operation = operation_of(case, self._inputs_of(case))
+        operation = self.operation(case)
         argument = operation.prepare()
         with peak_memory(device) as peak:
             result = operation.run(argument)
