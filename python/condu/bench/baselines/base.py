@@ -73,8 +73,8 @@ def norms_and_rescalers(
     delta, rescalers = state.delta, [rescaler_of(state, task) for task in state.tasks]
     norms = []
     for mask, rescaler in zip(masks, rescalers, strict=True):
-        held = [(u.float().abs() * mask[n]).sum(dtype=torch.float64) for n, u in delta.items()]
-        norms.append(rescaler * float(sum(held)))
+        held = (float((u.float().abs() * mask[n]).sum()) for n, u in delta.items())
+        norms.append(rescaler * sum(held))
     return norms, rescalers
 
 

@@ -177,8 +177,18 @@ def _store(
     for mask, value in zip(masks, agreeing, strict=True):
         mask.copy_(value > 0)
     assert best is not None
-    u.copy_(torch.where(best > 0, flag * best, 0.0))
-    return u.float().abs()
+    stored = _rounded(torch.where(best > 0, flag * best, 0.0), u.dtype)
+    u.copy_(stored)
+    return stored.abs()
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of float32 rounded to the state's dtype. To bfloat16 (ties to even) with integers:
+    inductor drops a conversion there and back, and the sums would be of values not stored."""
+    if dtype == torch.float32:
+        return values
+    bits = values.view(torch.int32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
 
 
 def _masked_sums(masks: list[Tensor], size: Tensor) -> Tensor:

@@ -108,7 +108,6 @@ class Eager(Baseline):
         n, tasks, u = case.parameters, case.tasks, case.dtypes.state_bytes
         incoming = {"unify": 0}.get(case.operation, u + tasks)
         created = {"unify": u + tasks, "decouple_": case.dtypes.model_bytes, "merge": u + tasks}
-        # while the incoming state is copied, one mask by name; then the scratch of a group
         own = n * (incoming + created.get(case.operation, u + tasks + 1))
         return own + min(GROUP[device.type], n) * (4 * (tasks + 9))
 
