@@ -3,7 +3,8 @@
 `straightforward` is the formulation of the public codes, `eager` the best that we could write
 without kernels, `compile` the formulas under ``torch.compile``. All compute in float32 whatever the
 models' dtype and store the unified delta in the state's, so that their results can be compared with
-the kernels'. Masks are bool tensors, one byte an element and task: PyTorch has no packed bits.
+the kernels'. PyTorch has no packed bits: masks are bool tensors, one byte an element and task, or
+bits of an int32 under ``torch.compile``.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Triggered:
 
 
 class Baseline(ABC):
-    """The operations on states of the baseline's own, named as in :mod:`condu_ext`."""
+    """The operations, named as in :mod:`condu_ext`, on states in a form of the baseline's own."""
 
     compiles = False
     """Whether the first call also compiles: it is not timed then."""
@@ -37,27 +38,30 @@ class Baseline(ABC):
     def reset(self) -> None:  # noqa: B027 (most baselines keep nothing)
         """Forget what was kept for another case."""
 
-    def state_of(self, state: cx.UnifiedDelta) -> Triggered:
+    def state_of(self, state: cx.UnifiedDelta) -> Any:
         """The same state in the baseline's form; may share the memory of the unified delta."""
         masks = [state.mask(task) for task in state.tasks]
         return Triggered(state.delta, masks, *norms_and_rescalers(state, masks))
 
+    def named(self, state: Any) -> Triggered:
+        """A state of the baseline's own in the form in which results are compared."""
+        assert isinstance(state, Triggered)
+        return state
+
     @abstractmethod
-    def unify(
-        self, models: Sequence[Weights], pretrained: Weights, dtype: torch.dtype
-    ) -> Triggered:
+    def unify(self, models: Sequence[Weights], pretrained: Weights, dtype: torch.dtype) -> Any:
         """A state of float32 or bfloat16 from T models."""
 
     @abstractmethod
-    def absorb(self, state: Triggered, finetuned: Weights, pretrained: Weights) -> Triggered:
+    def absorb(self, state: Any, finetuned: Weights, pretrained: Weights) -> Any:
         """A new state with one more task."""
 
     @abstractmethod
-    def merge(self, a: Triggered, b: Triggered) -> Triggered:
+    def merge(self, a: Any, b: Any) -> Any:
         """A new state with the tasks of a, then those of b."""
 
     @abstractmethod
-    def decouple_(self, state: Triggered, task: int, pretrained: Weights, out: Weights) -> None:
+    def decouple_(self, state: Any, task: int, pretrained: Weights, out: Weights) -> None:
         """Write θ_0 + λ·M⊙u into ``out``."""
 
     @abstractmethod

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import condu_ext as cx
-from condu.bench.baselines.base import Baseline, Triggered, Weights
+from condu.bench.baselines.base import Baseline, Weights
 from condu.bench.baselines.flat import GROUP, FlatState, Group, groups, shapes_of
 from condu.bench.cases import Case
 
@@ -28,7 +28,7 @@ class Eager(Baseline):
 
     def unify(
         self, models: Sequence[Weights], pretrained: Weights, dtype: torch.dtype
-    ) -> Triggered:
+    ) -> FlatState:
         shapes, tasks = shapes_of(pretrained), len(models)
         device = next(iter(pretrained.values())).device
         out = FlatState.empty(shapes, tasks, dtype, device)
@@ -49,8 +49,7 @@ class Eager(Baseline):
             den += _masked_sums(masks, size, deltas)
         return _finished(out, num.tolist(), den)
 
-    def absorb(self, state: Triggered, finetuned: Weights, pretrained: Weights) -> Triggered:
-        assert isinstance(state, FlatState)
+    def absorb(self, state: FlatState, finetuned: Weights, pretrained: Weights) -> FlatState:
         shapes, tasks, device = shapes_of(pretrained), len(state.bits), state.values.device
         out = FlatState.empty(shapes, tasks + 1, state.values.dtype, device)
         num = torch.zeros((), dtype=torch.float64, device=device)
@@ -72,9 +71,7 @@ class Eager(Baseline):
             den += _masked_sums(masks, size, scratch[:, : group.size])
         return _finished(out, [*state.norms, float(num)], den)
 
-    def merge(self, a: Triggered, b: Triggered) -> Triggered:
-        assert isinstance(a, FlatState)
-        assert isinstance(b, FlatState)
+    def merge(self, a: FlatState, b: FlatState) -> FlatState:
         shapes, device = shapes_of(a.delta), a.values.device
         first, tasks = len(a.bits), len(a.bits) + len(b.bits)
         out = FlatState.empty(shapes, tasks, a.values.dtype, device)
@@ -94,8 +91,7 @@ class Eager(Baseline):
             den += _masked_sums(masks, size, scratch[:, : group.size])
         return _finished(out, [*a.norms, *b.norms], den)
 
-    def decouple_(self, state: Triggered, task: int, pretrained: Weights, out: Weights) -> None:
-        assert isinstance(state, FlatState)
+    def decouple_(self, state: FlatState, task: int, pretrained: Weights, out: Weights) -> None:
         rescaler = state.rescalers[task]
         for group in groups(shapes_of(pretrained), state.values.device):
             expert = state.values[group.part].to(torch.float32, copy=True).mul_(rescaler)
