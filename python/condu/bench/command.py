@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -96,11 +95,13 @@ def write(record: Record, folder: Path) -> Iterable[str]:
     yield str(data)
     text.write_text("\n".join(lines_of(record)) + "\n")
     yield str(text)
-    if importlib.util.find_spec("matplotlib") is None:
+    try:
+        from condu.bench.plot import save_plot
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
         yield f'no {picture.name}: it needs matplotlib, which comes with "condu[train]"'
         return
-    from condu.bench.plot import save_plot
-
     save_plot(record, picture)
     yield str(picture)
 

@@ -142,7 +142,6 @@ class Suite:
         checked = operation.check(result)
         baselines = self._baselines(case, operation, result)
         del argument, result
-        gc.collect()
         pairs = paired(
             operation.prepare,
             operation.run,

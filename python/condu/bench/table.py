@@ -57,8 +57,7 @@ def _row(case: Record, baselines: Sequence[str]) -> list[str]:
     which = [case["operation"], case["model"], case["dtype"], str(case["tasks"])]
     size = digits(case["floor_bytes"] / 1e9)
     if case["seconds"] is None:
-        rest = [UNDEFINED] * (len(baselines) + 4)
-        return [*which, case["status"], UNDEFINED, size, *rest[:-1], rest[-1]]
+        return [*which, case["status"], UNDEFINED, size, *[UNDEFINED] * (len(baselines) + 3)]
     seconds = case["seconds"]
     return [
         *which,

@@ -14,6 +14,9 @@ import condu_ext as cx
 from condu.bench.cases import Case
 
 Weights = Mapping[str, Tensor]
+TAKEOVER = 8
+"""Bytes a parameter that converting an incoming state took beside its result, as measured: a mask
+and its sum by name, and gaps that the allocator leaves between tensors of all sizes."""
 
 
 @dataclass

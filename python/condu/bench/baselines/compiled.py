@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import condu_ext as cx
-from condu.bench.baselines.base import Baseline, Triggered, Weights
+from condu.bench.baselines.base import TAKEOVER, Baseline, Triggered, Weights
 from condu.bench.cases import Case
 
 PART = 1 << 20
@@ -153,7 +153,7 @@ class Compiled(Baseline):
         n, tasks, u = case.parameters, case.tasks, case.dtypes.state_bytes
         model = case.dtypes.model_bytes
         # while a state is taken over, its masks by name are there as well
-        incoming = 0 if case.operation == "unify" else u + 4 * _words(tasks) + tasks
+        incoming = 0 if case.operation == "unify" else u + 4 * _words(tasks) + tasks + TAKEOVER
         new = case.tasks + case.operation.startswith("absorb")
         created = model if case.operation == "decouple_" else u + 4 * _words(new)
         return n * (incoming + created) + 16 * min(PART, n)

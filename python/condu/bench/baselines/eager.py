@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import condu_ext as cx
-from condu.bench.baselines.base import Baseline, Weights
+from condu.bench.baselines.base import TAKEOVER, Baseline, Weights
 from condu.bench.baselines.flat import GROUP, FlatState, Group, groups, shapes_of
 from condu.bench.cases import Case
 
@@ -60,7 +60,7 @@ class Eager(Baseline):
             new = delta[: group.size]
             _subtract(group, new, finetuned, pretrained)
             num += torch.linalg.vector_norm(new, 1)
-            old, sum_, most = _of_old_tasks(state, group)
+            old, sum_, most = _of_old_tasks(state, group, scratch[:tasks, : group.size])
             flag = _elected_sign((old * sum_).add_(new))
             old.mul_(flag)
             new.mul_(flag)
@@ -78,8 +78,8 @@ class Eager(Baseline):
         den = torch.zeros(tasks, dtype=torch.float64, device=device)
         scratch = torch.empty(tasks, GROUP[device.type], device=device)
         for group in groups(shapes, device):
-            old_a, sum_a, most_a = _of_old_tasks(a, group)
-            old_b, sum_b, most_b = _of_old_tasks(b, group)
+            old_a, sum_a, most_a = _of_old_tasks(a, group, scratch[:first, : group.size])
+            old_b, sum_b, most_b = _of_old_tasks(b, group, scratch[first:, : group.size])
             flag = _elected_sign((old_a * sum_a).add_(old_b * sum_b))
             old_a.mul_(flag)
             old_b.mul_(flag)
@@ -102,10 +102,10 @@ class Eager(Baseline):
 
     def extra_bytes(self, case: Case, device: torch.device) -> int:
         n, tasks, u = case.parameters, case.tasks, case.dtypes.state_bytes
-        incoming = {"unify": 0}.get(case.operation, u + tasks)
+        incoming = 0 if case.operation == "unify" else u + tasks + TAKEOVER
         created = {"unify": u + tasks, "decouple_": case.dtypes.model_bytes, "merge": u + tasks}
         own = n * (incoming + created.get(case.operation, u + tasks + 1))
-        return own + min(GROUP[device.type], n) * (4 * (tasks + 9))
+        return own + 4 * min(GROUP[device.type], n) * (tasks + 9)
 
 
 def _subtract(group: Group, out: Tensor, model: Weights, pretrained: Weights) -> None:
@@ -119,20 +119,19 @@ def _elected_sign(total: Tensor) -> Tensor:
     return torch.where(total > 0, 1.0, -1.0)
 
 
-def _of_old_tasks(state: FlatState, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """u of a group in float32, and the sum and the maximum of λ_i·M_i over the tasks."""
+def _of_old_tasks(state: FlatState, group: Group, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u of a group in float32, and the sum and the maximum of λ_i·M_i over the tasks; ``scratch``
+    has a row for each task and is overwritten."""
     old = state.values[group.part].to(torch.float32, copy=True)
-    masks, rescalers = state.bits[:, group.part], state.rescalers
-    sum_ = torch.zeros_like(old)
-    for first in range(0, len(rescalers), 4):  # the order of the rule: groups of four tasks
-        of_four = masks[first] * rescalers[first]
-        for t in range(first + 1, min(first + 4, len(rescalers))):
-            of_four.add_(masks[t], alpha=rescalers[t])
-        sum_.add_(of_four)
-    most = torch.zeros_like(old)
-    for t in sorted(range(len(rescalers)), key=rescalers.__getitem__):
-        most.masked_fill_(masks[t], rescalers[t])  # the greatest is written last
-    return old, sum_, most
+    table = torch.tensor(state.rescalers, device=old.device).view(-1, 1)
+    terms = scratch.copy_(state.bits[:, group.part]).mul_(table)
+    most = terms.amax(0)
+    for first in range(0, len(terms), 4):  # the order of the rule: groups of four tasks
+        for term in terms[first + 1 : first + 4]:
+            terms[first].add_(term)
+        if first:
+            terms[0].add_(terms[first])
+    return old, terms[0], most
 
 
 def _store(out: FlatState, group: Group, best: Tensor, flag: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from condu.bench.baselines.base import Baseline, Triggered, Weights
+from condu.bench.baselines.base import TAKEOVER, Baseline, Triggered, Weights
 from condu.bench.cases import Case
 
 
@@ -44,11 +44,11 @@ class Straightforward(Baseline):
     def extra_bytes(self, case: Case, device: torch.device) -> int:
         n, tasks, u = case.parameters, case.tasks, case.dtypes.state_bytes
         if case.operation == "decouple_":  # masks, expert, delta and a live model to write to
-            return n * (tasks + 8 + case.dtypes.model_bytes)
+            return n * (tasks + TAKEOVER + 8 + case.dtypes.model_bytes)
         incoming, total = {
             "unify": (0, tasks),
-            "merge": (tasks, tasks),
-        }.get(case.operation, (tasks, tasks + 1))
+            "merge": (tasks + TAKEOVER, tasks),
+        }.get(case.operation, (tasks + TAKEOVER, tasks + 1))
         # all deltas and masks, and of the largest tensor: stacked (twice: the previous tensor's
         # lives on), its magnitudes and their selection
         return n * (incoming + 4 * total + total + u) + 4 * 4 * total * case.largest
