@@ -10,6 +10,7 @@ import torch
 import condu_ext as cx
 from condu.bench import check, suite
 from condu.bench.baselines import BASELINES
+from condu.bench.baselines.compiled import PART
 from condu.bench.baselines.flat import GROUP, groups
 from condu.bench.cases import OPERATIONS, PRECISIONS, Case, cases_of
 from condu.bench.ceiling import Copy
@@ -176,7 +177,7 @@ def test_the_compiled_formulas_agree_with_the_kernels(monkeypatch: pytest.Monkey
     """Uncompiled: what inductor makes of them is checked whenever it is measured."""
     monkeypatch.setattr("condu.bench.baselines.compiled._compiled", lambda function: function)
     monkeypatch.setattr("condu.bench.baselines.compiled.WORD", 3)
-    monkeypatch.setattr("condu.bench.baselines.compiled.PART", 1000)
+    monkeypatch.setitem(PART, "cpu", 1000)
     baseline = BASELINES["compile"]
     for precision in PRECISIONS:
         for operation in ("unify", "absorb", "merge", "decouple_"):

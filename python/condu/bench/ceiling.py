@@ -12,7 +12,8 @@ import torch
 
 from condu_ext import _C
 
-LEAST = 64 << 20
+LEAST = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""Bytes of a copy at the least: on a GPU so many that launching it costs nothing beside it."""
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -35,13 +36,14 @@ class Copy:
     nobody finds them there.
 
     Args:
-        size: bytes of source and of target; default the last-level cache's, at least 64 MiB and at
-            most an eighth of the memory.
+        size: bytes of source and of target; default the last-level cache's, not less than
+            :data:`LEAST` and not more than an eighth of the memory.
     """
 
     def __init__(self, device: torch.device, size: int | None = None, memory: int = 0) -> None:
         if size is None:
-            size = min(max(cache_bytes(device), LEAST), max(memory // 8, LEAST))
+            least = LEAST[device.type]
+            size = min(max(cache_bytes(device), least), max(memory // 8, 64 << 20))
         generator = torch.Generator(device).manual_seed(7)
         self.source = torch.randn(size // 4, generator=generator, device=device)
         self.target = torch.zeros_like(self.source)  # touches its pages

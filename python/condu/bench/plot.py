@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from condu.bench.cases import OPERATIONS
@@ -76,11 +77,12 @@ def _bars(axes: Axes, cases: list[Record]) -> None:
         bar = axes.bar(place, 100 * case["ratio"], 0.9 * width, color=COLOURS[case["operation"]])
         axes.bar_label(bar, fmt="%.0f", fontsize=8, padding=2)
         bar.patches[0].set(ec="black", ls=STYLES[case["dtype"]])
-    axes.set_xticks(range(len(operations)), operations, fontsize=9)
+    axes.set_xticks(range(len(operations)), _two_lines(operations), fontsize=9)
 
 
 def _times(axes: Axes, cases: list[Record]) -> None:
-    """Median time over the number of tasks, for the model with most of them."""
+    """Median time over the number of tasks, for the model and the first precision with most of
+    them; for a single number of tasks beside the baselines."""
     model = max(
         {case["model"] for case in cases},
         key=lambda m: (
@@ -90,13 +92,45 @@ def _times(axes: Axes, cases: list[Record]) -> None:
         default="",
     )
     chosen = [case for case in cases if case["model"] == model]
-    _lines(axes, chosen, x="tasks", y=lambda case: 1e3 * case["seconds"]["median"])
+    precision = next((p for p in STYLES if any(c["dtype"] == p for c in chosen)), "")
+    chosen = [case for case in chosen if case["dtype"] == precision]
     tasks = sorted({case["tasks"] for case in chosen})
-    axes.set_xticks(tasks, [str(t) for t in tasks])
+    title = f"Time, {model}, {precision}"
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(_half_decades))
-    _finish(axes, f"Time, {model}", "tasks", "median time (ms)")
+    if len(tasks) == 1:
+        _beside_baselines(axes, chosen)
+        title += f", {tasks[0]} tasks"
+    else:
+        _lines(axes, chosen, x="tasks", y=lambda case: 1e3 * case["seconds"]["median"])
+        axes.set_xticks(tasks, [str(t) for t in tasks])
+        axes.yaxis.set_minor_formatter(FuncFormatter(_half_decades))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    _finish(axes, title, "" if len(tasks) == 1 else "tasks", "median time (ms)")
+
+
+def _beside_baselines(axes: Axes, cases: list[Record]) -> None:
+    """A group of bars for each operation: the kernel in colour, the baselines that ran in grey."""
+    greys = ("#d9d9d9", "#a6a6a6", "#666666")
+    names = list(dict.fromkeys(name for case in cases for name in case["baselines"]))
+    width = 0.8 / (1 + len(names))
+    for place, case in enumerate(cases):
+        left = place - 0.4 + width / 2
+        axes.bar(left, 1e3 * case["seconds"]["median"], width, color=COLOURS[case["operation"]])
+        for k, name in enumerate(names, 1):
+            if seconds := case["baselines"].get(name, {}).get("seconds"):
+                axes.bar(left + k * width, 1e3 * seconds["median"], width, color=greys[-k % 3])
+    axes.set_xticks(range(len(cases)), _two_lines(case["operation"] for case in cases), fontsize=9)
+    handles = [
+        Patch(color=greys[-k % 3], label=f"PyTorch, {name}") for k, name in enumerate(names, 1)
+    ]
+    if handles:
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, 3 * high)
+        axes.legend(handles=handles, loc="upper center", ncols=3, frameon=False, fontsize=9)
+
+
+def _two_lines(operations: Iterable[str]) -> list[str]:
+    return [name.replace("+", "\n+") for name in operations]
 
 
 def _half_decades(value: float, _: int) -> str:

@@ -1,10 +1,10 @@
 """The formulas under ``torch.compile``: one fused function for each operation.
 
-Called with at most :data:`PART` elements of one tensor at a time, whose results it writes in place;
-compiled with dynamic shapes, so once for each number of tasks and dtype. Absorb does not rebuild
-the old deltas: it uses that all of them are λ·M⊙u, as the kernels do. The masks of up to 31 tasks
-are the bits of one int32 an element: on a CPU inductor's stores of bool tensors took 50 times as
-long as everything else together.
+Called with a part of one tensor at a time (:data:`PART`), whose results it writes in place, and
+compiled with dynamic shapes, so once for each number of tasks and dtype. Absorb does not rebuild the old
+deltas: it uses that all of them are λ·M⊙u, as the kernels do. The masks of up to 31 tasks are the
+bits of one int32 an element: on a CPU inductor's stores of bool tensors took 50 times as long as
+everything else together.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import condu_ext as cx
 from condu.bench.baselines.base import TAKEOVER, Baseline, Triggered, Weights
 from condu.bench.cases import Case
 
-PART = 1 << 20
-"""Elements a call; sums are float32 inside a part, float64 above it."""
+PART = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Elements a call at most; sums are float32 inside a part, float64 above it."""
 WORD = 31
 """Tasks whose masks share an int32."""
 
@@ -48,6 +48,11 @@ class Packed:
     @property
     def dtype(self) -> torch.dtype:
         return next(iter(self.delta.values())).dtype
+
+    def zeros(self, count: int) -> Tensor:
+        """Where sums are added up, on the device: reading them out each time would wait for it."""
+        device = next(iter(self.delta.values())).device
+        return torch.zeros(count, dtype=torch.float64, device=device)
 
     def table(self) -> list[Tensor]:
         """Rescalers on the device, one scalar tensor a task: as numbers they would be compiled
@@ -88,19 +93,20 @@ class Compiled(Baseline):
 
     def unify(self, models: Sequence[Weights], pretrained: Weights, dtype: torch.dtype) -> Packed:
         out = Packed.empty(pretrained, len(models), dtype)
-        norms, dens = torch.zeros(2, len(models), dtype=torch.float64)
+        norms, dens = out.zeros(len(models)), out.zeros(len(models))
         for cut in _parts(pretrained):
             num, den = cut.call(
                 _unify_part, cut.all(models), cut(pretrained), cut(out.delta), cut.all(out.words)
             )
-            norms, dens = norms + num.cpu(), dens + den.cpu()
+            norms += num
+            dens += den
         return out.finish(norms.tolist(), dens)
 
     def absorb(self, state: Packed, finetuned: Weights, pretrained: Weights) -> Packed:
         tasks = len(state.rescalers)
         out = Packed.empty(pretrained, tasks + 1, state.dtype)
         rescalers = state.table()
-        norm, dens = 0.0, torch.zeros(tasks + 1, dtype=torch.float64)
+        norm, dens = out.zeros(1), out.zeros(tasks + 1)
         for cut in _parts(pretrained):
             num, den = cut.call(
                 _absorb_part,
@@ -112,16 +118,17 @@ class Compiled(Baseline):
                 cut(out.delta),
                 cut.all(out.words),
             )
-            norm, dens = norm + float(num), dens + den.cpu()
-        return out.finish([*state.norms, norm], dens)
+            norm += num
+            dens += den
+        return out.finish([*state.norms, *norm.tolist()], dens)
 
     def merge(self, a: Packed, b: Packed) -> Packed:
         tasks = len(a.rescalers) + len(b.rescalers)
         out = Packed.empty(a.delta, tasks, a.dtype)
         rescalers_a, rescalers_b = a.table(), b.table()
-        dens = torch.zeros(tasks, dtype=torch.float64)
+        dens = out.zeros(tasks)
         for cut in _parts(a.delta):
-            den = cut.call(
+            dens += cut.call(
                 _merge_part,
                 cut(a.delta),
                 cut.all(a.words),
@@ -132,7 +139,6 @@ class Compiled(Baseline):
                 cut(out.delta),
                 cut.all(out.words),
             )
-            dens = dens + den.cpu()
         return out.finish([*a.norms, *b.norms], dens)
 
     def decouple_(self, state: Packed, task: int, pretrained: Weights, out: Weights) -> None:
@@ -156,7 +162,7 @@ class Compiled(Baseline):
         incoming = 0 if case.operation == "unify" else u + 4 * _words(tasks) + tasks + TAKEOVER
         new = case.tasks + case.operation.startswith("absorb")
         created = model if case.operation == "decouple_" else u + 4 * _words(new)
-        return n * (incoming + created) + 16 * min(PART, n)
+        return n * (incoming + created) + 16 * min(PART[device.type], n)
 
 
 def _words(tasks: int) -> int:
@@ -299,6 +305,6 @@ class _Cut:
 def _parts(model: Weights) -> Iterator[_Cut]:
     """Largest tensors first: what is compiled at the first call is tuned to its size."""
     for name in sorted(model, key=lambda name: -model[name].numel()):
-        numel = model[name].numel()
-        for start in range(0, numel, PART):
-            yield _Cut(name, slice(start, min(start + PART, numel)))
+        numel, most = model[name].numel(), PART[model[name].device.type]
+        for start in range(0, numel, most):
+            yield _Cut(name, slice(start, min(start + most, numel)))
