@@ -32,6 +32,7 @@ def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "toy", lambda: dict(TOY))
     monkeypatch.setitem(GROUP, "cpu", 1000)
     monkeypatch.setattr("condu.bench.inputs.POOL", 100_003)
+    monkeypatch.setattr("gc.collect", lambda: 0)  # slow among all that pytest keeps
 
 
 def inputs_of(case: Case) -> Inputs:

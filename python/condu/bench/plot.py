@@ -120,13 +120,13 @@ def _beside_baselines(axes: Axes, cases: list[Record]) -> None:
             if seconds := case["baselines"].get(name, {}).get("seconds"):
                 axes.bar(left + k * width, 1e3 * seconds["median"], width, color=greys[-k % 3])
     axes.set_xticks(range(len(cases)), _two_lines(case["operation"] for case in cases), fontsize=9)
-    handles = [
-        Patch(color=greys[-k % 3], label=f"PyTorch, {name}") for k, name in enumerate(names, 1)
-    ]
+    handles = [Patch(color=greys[-k % 3], label=name) for k, name in enumerate(names, 1)]
     if handles:
         low, high = axes.get_ylim()
-        axes.set_ylim(low, 3 * high)
-        axes.legend(handles=handles, loc="upper center", ncols=3, frameon=False, fontsize=9)
+        axes.set_ylim(low, 4 * high)
+        axes.legend(
+            handles=handles, loc="upper center", ncols=3, frameon=False, title="PyTorch alone"
+        )
 
 
 def _two_lines(operations: Iterable[str]) -> list[str]:

@@ -97,10 +97,10 @@ def _notes(record: Record) -> list[str]:
         + "; timed by turns with each case, median of the paired ratios."
     )
     compared = [case for case in record["cases"] if case["checked"]]
+    counts = sorted({case["checked"] for case in compared})
     check = (
         "Every result was compared with the reference before it was timed, bit for bit "
-        f"({min(c['checked'] for c in compared):,} to {max(c['checked'] for c in compared):,} "
-        "elements a case)."
+        f"({' to '.join(f'{count:,}' for count in counts[:1] + counts[1:][-1:])} elements a case)."
         if compared
         else "Nothing was measured."
     )
