@@ -177,7 +177,7 @@ def test_baselines_agree_with_the_kernels(operation: str, tasks: int, precision:
 def test_the_compiled_formulas_agree_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled: what inductor makes of them is checked whenever it is measured."""
     monkeypatch.setattr("condu.bench.baselines.compiled._compiled", lambda function: function)
-    monkeypatch.setattr("condu.bench.baselines.compiled.WORD", 3)
+    monkeypatch.setattr("condu.bench.baselines.formulas.WORD", 3)
     monkeypatch.setitem(PART, "cpu", 1000)
     baseline = BASELINES["compile"]
     for precision in PRECISIONS:

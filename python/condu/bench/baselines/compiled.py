@@ -2,9 +2,7 @@
 
 Called with a part of one tensor at a time (:data:`PART`), whose results it writes in place, and
 compiled with dynamic shapes: once for each number of tasks and dtype. Absorb does not rebuild the
-old deltas: it uses that all of them are λ·M⊙u, as the kernels do. The masks of up to 31 tasks are
-the bits of one int32 an element: on a CPU (AVX-512, torch 2.15, 8 tasks) inductor's stores of bool
-tensors took 50 times as long as everything else together.
+old deltas: it uses that all of them are λ·M⊙u, as the kernels do.
 """
 
 from __future__ import annotations
@@ -18,13 +16,13 @@ import torch
 from torch import Tensor
 
 import condu_ext as cx
+from condu.bench.baselines import formulas
 from condu.bench.baselines.base import TAKEOVER, Baseline, Triggered, Weights
+from condu.bench.baselines.formulas import bit, bits
 from condu.bench.cases import Case
 
 PART = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Elements a call at most; sums are float32 inside a part, float64 above it."""
-WORD = 31
-"""Tasks whose masks share an int32."""
 
 
 @dataclass
@@ -79,14 +77,18 @@ class Compiled(Baseline):
         packed = Packed.empty(named.delta, len(named.masks), state.dtype)
         for name, u in named.delta.items():
             packed.delta[name].copy_(u)
-            for first, word in zip(range(0, len(named.masks), WORD), packed.words, strict=True):
-                word[name].copy_(_bits([m[name] for m in named.masks[first : first + WORD]]))
+            for first, word in zip(
+                range(0, len(named.masks), formulas.WORD), packed.words, strict=True
+            ):
+                word[name].copy_(
+                    bits([m[name] for m in named.masks[first : first + formulas.WORD]])
+                )
         packed.norms, packed.rescalers = named.norms, named.rescalers
         return packed
 
     def named(self, state: Packed) -> Triggered:
         masks = [
-            {name: _bit(word, t) for name, word in state.words[t // WORD].items()}
+            {name: bit(word, t) for name, word in state.words[t // formulas.WORD].items()}
             for t in range(len(state.rescalers))
         ]
         return Triggered(state.delta, masks, state.norms, state.rescalers)
@@ -96,7 +98,11 @@ class Compiled(Baseline):
         norms, dens = out.zeros(len(models)), out.zeros(len(models))
         for cut in _parts(pretrained):
             num, den = cut.call(
-                _unify_part, cut.all(models), cut(pretrained), cut(out.delta), cut.all(out.words)
+                formulas.unify_part,
+                cut.all(models),
+                cut(pretrained),
+                cut(out.delta),
+                cut.all(out.words),
             )
             norms += num
             dens += den
@@ -109,7 +115,7 @@ class Compiled(Baseline):
         norm, dens = out.zeros(1), out.zeros(tasks + 1)
         for cut in _parts(pretrained):
             num, den = cut.call(
-                _absorb_part,
+                formulas.absorb_part,
                 cut(state.delta),
                 cut.all(state.words),
                 rescalers,
@@ -129,7 +135,7 @@ class Compiled(Baseline):
         dens = out.zeros(tasks)
         for cut in _parts(a.delta):
             dens += cut.call(
-                _merge_part,
+                formulas.merge_part,
                 cut(a.delta),
                 cut.all(a.words),
                 rescalers_a,
@@ -142,14 +148,14 @@ class Compiled(Baseline):
         return out.finish([*a.norms, *b.norms], dens)
 
     def decouple_(self, state: Packed, task: int, pretrained: Weights, out: Weights) -> None:
-        rescaler, words = state.table()[task], state.words[task // WORD]
-        bit = torch.tensor(1 << task % WORD, dtype=torch.int32, device=rescaler.device)
+        rescaler, words = state.table()[task], state.words[task // formulas.WORD]
+        flag = torch.tensor(1 << task % formulas.WORD, dtype=torch.int32, device=rescaler.device)
         for cut in _parts(pretrained):
             cut.call(
-                _decouple_part,
+                formulas.decouple_part,
                 cut(state.delta),
                 cut(words),
-                bit,
+                flag,
                 rescaler,
                 cut(pretrained),
                 cut(out),
@@ -166,116 +172,7 @@ class Compiled(Baseline):
 
 
 def _words(tasks: int) -> int:
-    return (tasks + WORD - 1) // WORD
-
-
-def _bits(masks: Sequence[Tensor]) -> Tensor:
-    """One int32 from up to 31 masks."""
-    word = masks[0].to(torch.int32)
-    for t, mask in enumerate(masks[1:], 1):
-        word = word | (mask.to(torch.int32) << t)
-    return word
-
-
-def _bit(word: Tensor, task: int) -> Tensor:
-    return ((word >> (task % WORD)) & 1) != 0
-
-
-def _unify_part(
-    models: list[Tensor], base: Tensor, u: Tensor, words: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    theta_0 = base.float()
-    deltas = [model.float() - theta_0 for model in models]
-    total = deltas[0]
-    for delta in deltas[1:]:
-        total = total + delta
-    flag = torch.where(total > 0, 1.0, -1.0)
-    agreeing = [delta * flag for delta in deltas]
-    best = agreeing[0]
-    for value in agreeing[1:]:
-        best = torch.maximum(best, value)
-    den = _store(u, words, best, flag, [value > 0 for value in agreeing])
-    return torch.stack([delta.abs().sum() for delta in deltas]), den
-
-
-def _absorb_part(
-    old: Tensor,
-    old_words: list[Tensor],
-    rescalers: list[Tensor],
-    model: Tensor,
-    base: Tensor,
-    u: Tensor,
-    words: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    old = old.float()
-    delta = model.float() - base.float()
-    masks, sum_, most = _of_old_tasks(old_words, rescalers)
-    flag = torch.where(old * sum_ + delta > 0, 1.0, -1.0)
-    kept, new = old * flag, delta * flag
-    best = torch.maximum(kept * most, new)
-    den = _store(u, words, best, flag, [*(mask & (kept > 0) for mask in masks), new > 0])
-    return delta.abs().sum(), den
-
-
-def _merge_part(
-    a: Tensor,
-    words_a: list[Tensor],
-    rescalers_a: list[Tensor],
-    b: Tensor,
-    words_b: list[Tensor],
-    rescalers_b: list[Tensor],
-    u: Tensor,
-    words: list[Tensor],
-) -> Tensor:
-    a, b = a.float(), b.float()
-    masks_a, sum_a, most_a = _of_old_tasks(words_a, rescalers_a)
-    masks_b, sum_b, most_b = _of_old_tasks(words_b, rescalers_b)
-    flag = torch.where(a * sum_a + b * sum_b > 0, 1.0, -1.0)
-    kept_a, kept_b = a * flag, b * flag
-    best = torch.maximum(kept_a * most_a, kept_b * most_b)
-    masks = [*(mask & (kept_a > 0) for mask in masks_a), *(mask & (kept_b > 0) for mask in masks_b)]
-    return _store(u, words, best, flag, masks)
-
-
-def _decouple_part(
-    u: Tensor, word: Tensor, bit: Tensor, rescaler: Tensor, base: Tensor, out: Tensor
-) -> None:
-    theta_0 = base.float()
-    out.copy_(torch.where((word & bit) != 0, theta_0 + rescaler * u.float(), theta_0))
-
-
-def _of_old_tasks(
-    words: list[Tensor], rescalers: list[Tensor]
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Masks; sum (in groups of four tasks) and maximum of λ_i·M_i."""
-    masks = [_bit(words[t // WORD], t) for t in range(len(rescalers))]
-    terms = [torch.where(mask, rescaler, 0.0) for mask, rescaler in zip(masks, rescalers)]  # noqa: B905
-    fours = [sum(terms[k + 1 : k + 4], terms[k]) for k in range(0, len(terms), 4)]
-    most = terms[0]
-    for term in terms[1:]:
-        most = torch.maximum(most, term)
-    return masks, sum(fours[1:], fours[0]), most
-
-
-def _store(
-    u: Tensor, words: list[Tensor], best: Tensor, flag: Tensor, masks: list[Tensor]
-) -> Tensor:
-    """Writes u = flag · max(best, 0) and the masks; returns Σ M·|u| of each task."""
-    stored = _rounded(torch.where(best > 0, flag * best, 0.0), u.dtype)
-    u.copy_(stored)
-    for k, word in enumerate(words):
-        word.copy_(_bits(masks[WORD * k : WORD * (k + 1)]))
-    size = stored.abs()
-    return torch.stack([torch.where(mask, size, 0.0).sum() for mask in masks])
-
-
-def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values of float32 rounded to the state's dtype. To bfloat16 (ties to even) with integers:
-    inductor drops a conversion there and back, and the sums would be of values not stored."""
-    if dtype == torch.float32:
-        return values
-    bits = values.view(torch.int32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
+    return (tasks + formulas.WORD - 1) // formulas.WORD
 
 
 @cache
