@@ -50,8 +50,9 @@ def lines_of(records: Sequence[tuple[Path, Record]]) -> list[str]:
             shown = [case for case in record["cases"] if _is_shown(case)]
             folder = f"benchmarks/results/{file.parent.name}"
             rate = record["copy"]["bytes_per_second"]
+            copy = f"; copy {rate / 1e9:.1f} GB/s" if rate else ""
             lines += [
-                f"{what}: {machine_line(record)}; copy {rate / 1e9:.1f} GB/s. "
+                f"{what}: {machine_line(record)}{copy}. "
                 f"Everything measured: [{folder}]({folder}/bench.md)",
                 "",
                 *table(shown, record["settings"]["baselines"]),
