@@ -1,6 +1,6 @@
 # make demo   set everything up, then watch ConDU learn a sequence of tasks (results in runs/demo)
 # make test   set everything up, then run the tests
-# make bench  the benchmarks; make lint: the linters
+# make bench  the benchmarks (condu bench, under pytest-benchmark); make lint: the linters
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,6 +23,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/readme_table.py --check
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 format: $(VENV)/dev.stamp

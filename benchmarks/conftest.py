@@ -1,46 +1,63 @@
-"""One ViT-B/16 with eight fine-tuned models for all benchmarks, and the table at the end."""
+"""Cases from the options of `condu bench`, one suite for all tests, and the table at the end."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+from condu.bench.command import Options, write
+from condu.bench.record import record_of
+from condu.bench.suite import CaseResult, Suite
+from condu.bench.table import lines_of
 
-from torch import Tensor
-
-from models import finetuned_weights, pretrained_weights
-from table import Table
-
-TASKS = 8
-
-
-@pytest.fixture(scope="session")
-def pretrained() -> dict[str, Tensor]:
-    return pretrained_weights("ViT-B-16")
-
-
-@pytest.fixture(scope="session")
-def finetuned(pretrained: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    return {f"task {i}": finetuned_weights(pretrained, seed=i) for i in range(TASKS)}
-
-
-@pytest.fixture(scope="session")
-def table() -> Table:
-    return _TABLE
-
-
-_TABLE = Table()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for line in _TABLE.lines():
-        terminalreporter.write_line(line)
-    if path := terminalreporter.config.getoption("--results"):
-        _TABLE.write(Path(path))
+OPTIONS = ("ops", "models", "tasks", "dtypes", "device", "baselines")
+_SUITE = pytest.StashKey[Suite]()
+_RESULTS = pytest.StashKey[list[CaseResult]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", help="folder to write the table and its figures to")
+    group = parser.getgroup("condu", "what is measured, as in `condu bench`")
+    for name in OPTIONS:
+        group.addoption(f"--{name}")
+    group.addoption("--results", help="folder to write the record, its table and picture to")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RESULTS] = []
+
+
+def _options(config: pytest.Config) -> Options:
+    given = {name: config.getoption(f"--{name}") for name in OPTIONS}
+    return Options(**{name: value for name, value in given.items() if value is not None})
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", _options(metafunc.config).cases(), ids=str)
+
+
+@pytest.fixture(scope="session")
+def suite(pytestconfig: pytest.Config) -> Suite:
+    made = Suite(_options(pytestconfig).settings(), print)
+    pytestconfig.stash[_SUITE] = made
+    return made
+
+
+@pytest.fixture(scope="session")
+def results(pytestconfig: pytest.Config) -> list[CaseResult]:
+    return pytestconfig.stash[_RESULTS]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    suite, results = config.stash.get(_SUITE, None), config.stash[_RESULTS]
+    if suite is None or not results:
+        return
+    record = record_of(suite.settings, suite.copy, results)
+    for line in ["", *lines_of(record)]:
+        terminalreporter.write_line(line)
+    if folder := config.getoption("--results"):
+        for line in write(record, Path(folder)):
+            terminalreporter.write_line(line)

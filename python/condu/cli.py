@@ -1,7 +1,7 @@
-"""The command `condu`: demo, run, report, doctor.
+"""The command `condu`: demo, run, report, bench, doctor.
 
-Only `doctor` works with the core dependencies alone, so everything heavy is imported inside the
-commands.
+`bench` and `doctor` work with the core dependencies alone, so everything heavy is imported inside
+the commands.
 """
 
 from __future__ import annotations
@@ -115,6 +115,49 @@ def report(
         console.print(summary_table(results))
         for file in save_plots(results, folder / "report"):
             console.print(str(file), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def bench(
+    ops: Annotated[
+        str | None,
+        typer.Option(
+            help="unify, absorb, absorb_, absorb_+check, decouple_, merge: some, by commas."
+        ),
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(help="tiny, ViT-B-16, ViT-L-14, ViT-bigG-14, Llama-2-7B: shapes, no weights."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Numbers of tasks, such as 2,8,16.")] = None,
+    dtypes: Annotated[
+        str, typer.Option(help="fp32, bf16, fp16 models; bf16/bf16: with a bfloat16 state.")
+    ] = "fp32",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed calls of each operation.")] = None,
+    baselines: Annotated[
+        str | None, typer.Option(help="straightforward, eager, compile: pure PyTorch.")
+    ] = None,
+    no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Kernels only.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny model, in seconds: does it work?")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder.", show_default="runs/bench, runs/bench-2, …")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """How fast the kernels are here, beside a copy of memory and pure PyTorch."""
+    with _errors("bench", debug):
+        from condu.bench.command import Options, measure, write
+        from condu.bench.table import lines_of
+
+        chosen = "" if no_baselines else baselines
+        options = Options(ops, models, tasks, dtypes, device, repeats, chosen, quick)
+        record = measure(options, lambda line: print(line, flush=True))
+        print("", *lines_of(record), "", sep="\n")
+        for line in write(record, out or _free(Path("runs", "bench"))):
+            print(line)
 
 
 @app.command()

@@ -1,0 +1,122 @@
+"""Is what was timed right? Bit for bit against the reference, and against every baseline that runs.
+
+The reference is slow and takes much memory, so it checks the last elements of every tensor, in all
+:data:`SAMPLE` of them. Unified delta, masks and experts are computed element by element from the
+incoming state, which is what makes parts comparable. Baselines are compared on every element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import condu_ext as cx
+from condu.bench.baselines.base import Triggered, rescaler_of
+from condu.bench.shapes import Shapes, parameters
+from condu_ext import reference
+from condu_ext.layout import ALIGN
+from condu_ext.reference import pack_bits
+
+SAMPLE = 1 << 22
+DIFFERENT = 1e-5
+"""Share of elements in which a baseline that adds in another order may elect another sign."""
+
+
+class WrongResult(RuntimeError):
+    """A kernel's result is not the reference's: its time would mean nothing."""
+
+
+def sample(shapes: Shapes) -> dict[str, slice]:
+    """The last elements of every tensor, from a multiple of :data:`ALIGN` on; all of them where
+    the model is small."""
+    if parameters(shapes) <= SAMPLE:
+        return {name: slice(0, math.prod(shape)) for name, shape in shapes.items()}
+    each = max(ALIGN, SAMPLE // len(shapes) // ALIGN * ALIGN)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    return {name: slice(max(0, (n - each) // ALIGN * ALIGN), n) for name, n in sizes.items()}
+
+
+@dataclass
+class Excerpt:
+    """Some elements of a state as the operators take them: an arena of one tensor."""
+
+    u: Tensor
+    planes: list[Tensor]
+    rescaler: Tensor  # [tasks, 1]
+    numel: int
+
+    def require_equal(self, u: Tensor, planes: Sequence[Tensor], what: str) -> None:
+        """Raises WrongResult unless another arena holds the same bits."""
+        require_same_bits(self.u[: self.numel], u[: self.numel], f"{what}: unified delta")
+        packed = (self.numel + 7) // 8
+        for t, (ours, theirs) in enumerate(zip(self.planes, planes, strict=True)):
+            require_same_bits(ours[:packed], theirs[:packed], f"{what}: mask {t}")
+
+
+def excerpts(state: cx.UnifiedDelta, parts: Mapping[str, slice]) -> dict[str, Excerpt]:
+    """Copies of some elements of every tensor of a state."""
+    rescalers = [rescaler_of(state, task) for task in state.tasks]
+    found = {}
+    for name, u in state.delta.items():
+        flat = u.view(-1)[parts[name]]
+        table = torch.tensor(rescalers, device=u.device).view(-1, 1)
+        found[name] = Excerpt(_padded(flat, len(flat)), [], table, len(flat))
+    for task in state.tasks:
+        for name, packed in state.packed_mask(task).items():
+            part = parts[name]
+            bits = packed[part.start // 8 : (part.stop + 7) // 8]
+            found[name].planes.append(_padded(bits, found[name].numel, 8))
+    return found
+
+
+def _padded(values: Tensor, numel: int, per_value: int = 1) -> Tensor:
+    size = (numel + ALIGN - 1) // ALIGN * ALIGN // per_value
+    return torch.nn.functional.pad(values, (0, size - len(values)))
+
+
+def require_same_bits(ours: Tensor, theirs: Tensor, what: str) -> None:
+    """Raises WrongResult naming ``what`` unless every bit is the same."""
+    bits = [tensor.view(torch.uint8) for tensor in (ours, theirs)]
+    if ours.dtype != theirs.dtype or not torch.equal(*bits):
+        different = int((ours != theirs).sum())
+        raise WrongResult(f"{what} differs from the reference in {different} of {len(ours)} values")
+
+
+def different_elements(ours: Any, theirs: Any, what: str) -> int:
+    """Number of elements in which unified delta, a mask or an expert differ from a baseline's.
+
+    Raises:
+        WrongResult: more than rounding explains, or rescalers that are not equal to 1e-5.
+    """
+    if isinstance(theirs, Triggered):
+        total, count = _different_state(ours, theirs, what)
+    else:
+        total = sum(t.numel() for t in ours.values())
+        count = sum(int((ours[name] != theirs[name]).sum()) for name in ours)
+    if count > max(4, DIFFERENT * total):
+        raise WrongResult(f"{what}: {count} of {total} elements are not the kernel's")
+    return count
+
+
+def _different_state(ours: cx.UnifiedDelta, theirs: Triggered, what: str) -> tuple[int, int]:
+    delta = ours.delta
+    differs = {name: u != theirs.delta[name] for name, u in delta.items()}
+    for t, task in enumerate(ours.tasks):
+        for name, packed in ours.packed_mask(task).items():
+            mask = theirs.masks[t][name].reshape(-1)
+            if not torch.equal(packed, pack_bits(mask)):
+                own = reference.unpack_bits(packed, mask.numel())
+                differs[name] |= (own != mask).view(differs[name].shape)
+        own_rescaler = rescaler_of(ours, task)
+        if not math.isclose(own_rescaler, theirs.rescalers[t], rel_tol=1e-5):
+            raise WrongResult(
+                f"{what}: rescaler of {task} is {own_rescaler}, the baseline's "
+                f"{theirs.rescalers[t]}"
+            )
+    total = sum(u.numel() for u in delta.values())
+    return total, sum(int(different.sum()) for different in differs.values())

@@ -1,0 +1,68 @@
+"""Memory: how much there is, and how much a block of code takes at its highest point."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device: on a CPU what the kernel holds available, or
+    what the control group still allows if that is less."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + kept)
+    free = _value(Path("/proc/meminfo"), "MemAvailable")
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return free
+    return min(free, limit - used)
+
+
+@dataclass
+class Peak:
+    """Bytes above what was held at the start, at the highest point."""
+
+    extra: int = 0
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measures the block: on a CPU the resident size, by the kernel's own high-water mark; on a
+    GPU what torch's allocator has handed out."""
+    gc.collect()
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.extra = torch.cuda.max_memory_allocated(device) - before
+        return
+    # What earlier code freed but the allocator kept would hide new allocations.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status")
+    before = _value(status, "VmRSS")
+    yield peak
+    peak.extra = _value(status, "VmHWM") - before
+
+
+def _value(file: Path, key: str) -> int:
+    """Bytes behind a key of a file of /proc that counts in kB."""
+    for line in file.read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{file} has no {key}")
