@@ -136,7 +136,7 @@ class BuildKernels(build_ext):
 
         for source in sorted([*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")]):
             isa = ISA_FLAGS.get(source.stem, [])
-            if isa and not X86:
+            if (isa and not X86) or (source.stem == "bindings_cuda" and not toolkit):
                 continue
             objects.append(f"{source.stem}.o")
             builds.append(f"build {objects[-1]}: cxx {source}\n  isa = {' '.join(isa)}\n")
