@@ -17,20 +17,18 @@ struct Absorb {
 };
 
 // Shared memory of a block: sums, the state, planes to write from the chunk on.
-template <class Sums>
-size_t shared_bytes(int old_tasks) {
-  return Sums::bytes(old_tasks + 2) + Triggers::bytes(old_tasks) +
-         (old_tasks + 1) * sizeof(uint8_t*);
-}
-
-template <class Sums>
+template <bool kFew>
 struct Shared {
-  Sums sums;
-  Triggers old;
+  WarpSums sums;
+  Triggers<kFew> old;
   uint8_t** planes;
+  static size_t bytes(int old_tasks) {
+    return WarpSums::bytes(old_tasks + 2) + Triggers<kFew>::bytes(old_tasks) +
+           (old_tasks + 1) * sizeof(uint8_t*);
+  }
   __device__ __forceinline__ Shared(const Absorb& a, const Tile& tile)
       : sums{(double*)shared_memory, a.old.tasks + 2},
-        old(shared_memory + Sums::bytes(a.old.tasks + 2), a.old, tile.chunk, a.work.tensors),
+        old(shared_memory + WarpSums::bytes(a.old.tasks + 2), a.old, tile.chunk, a.work.tensors),
         planes(old.planes + a.old.tasks) {
     sums.clear();
     for (int t = threadIdx.x; t <= a.old.tasks; t += kThreads) {
@@ -47,20 +45,21 @@ struct Joined {
   float u[8];
   __device__ __forceinline__ Joined(const float* old, const Gathered& of, const float* d,
                                     int zero_sum) {
-    uint32_t counts = 0;
+    Elected flag[8];
     for (int j = 7; j >= 0; --j) {
       const float total = __fadd_rn(__fmul_rn(old[j], of.S[j]), d[j]);
-      const Elected flag = elect(total, zero_sum == CONDU_NEGATIVE);
-      const float before = agreeing<false>(old[j], flag), now = agreeing<false>(d[j], flag);
+      flag[j] = elect(total, zero_sum == CONDU_NEGATIVE);
+      const float before = agreeing<false>(old[j], flag[j]), now = agreeing<false>(d[j], flag[j]);
       const float best = fmaxf(now, fmaxf(__fmul_rn(before, of.X[j]), 0.0f));
-      const bool valid = flag.valid | (zero_sum != CONDU_ZERO);
       kept = append_above_zero(kept, before);
       joined = append_above_zero(joined, now);
-      counts = counts << 1 | valid;
-      u[j] = elected(keep(valid, best), flag);
+      u[j] = elected(best, flag[j]);
     }
-    kept &= counts;
-    joined &= counts;
+    if (zero_sum == CONDU_ZERO) {
+      const uint32_t counts = clear_ties(flag, u);
+      kept &= counts;
+      joined &= counts;
+    }
   }
 };
 
@@ -94,13 +93,15 @@ template <int kKind, bool kBf16>
 __global__ void __launch_bounds__(kThreads, 2) absorb_few(Absorb a) {
   typedef Inputs<kKind, kBf16> In;
   constexpr bool kWide = In::kWide;
-  constexpr int kFlight = kKind == CONDU_GENERAL ? 1 : 2;  // octets that are loaded together
+  // Octets that are loaded together: as many as the registers hold on every architecture.
+  constexpr int kFlight = kKind != CONDU_GENERAL && kBf16 ? 2 : 1;
   const Tile tile(a.work);
   if (tile.empty()) return;
-  const Shared<ThreadSums> s(a, tile);
+  const Shared<true> s(a, tile);
   const int T = a.old.tasks;
   const Stream model = stream_of(a.work, 0, tile.chunk);
   const Stream base = base_of(a.work, 1, a.has_base, tile.chunk);
+  double den[8] = {}, own[8] = {};  // own: den and num of the new task
 
 #pragma unroll 1
   for (int k = 0; k < kOctets; k += kFlight) {
@@ -121,21 +122,21 @@ __global__ void __launch_bounds__(kThreads, 2) absorb_few(Absorb a) {
       float d[8], u[8];
       in[i].unpack(model, base, d, u);
       masks[i].template swap<kWide>();
-      Gathered gathered;
-      gathered.add(s.old, 0, masks[i]);
-      Joined next(u, gathered, d, a.zero_sum);
+      Joined next(u, look_up(s.old, masks[i]), d, a.zero_sum);
       store_unified<kWide, kBf16>(a.u, tile.chunk.arena + at, next.u);
       masks[i].keep_only(next.kept);
       store_masks<kWide>(s.planes, T, at / 8, masks[i]);
       store_masks<kWide, 1>(s.planes + T, 1, at / 8, {{next.joined, 0}});
 #pragma unroll
       for (int t = 0; t < 8; ++t) {
-        if (t < T) s.sums.add(t, sum_where(masks[i].of(t), next.u));
+        if (t < T) den[t] = __dadd_rn(den[t], sum_where(masks[i].of(t), next.u));
       }
-      s.sums.add(T, sum_where(next.joined, next.u));
-      s.sums.add(T + 1, sum_of_octet(d));
+      own[0] = __dadd_rn(own[0], sum_where(next.joined, next.u));
+      own[1] = __dadd_rn(own[1], sum_of_octet(d));
     }
   }
+  s.sums.add(0, T, den);
+  s.sums.add(T, 2, own);
   s.sums.store(a.space, tile);
 }
 
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 3) absorb_many(Absorb a) {
   constexpr bool kWide = In::kWide;
   const Tile tile(a.work);
   if (tile.empty()) return;
-  const Shared<WarpSums> s(a, tile);
+  const Shared<false> s(a, tile);
   const int T = a.old.tasks;
   const Stream model = stream_of(a.work, 0, tile.chunk);
   const Stream base = base_of(a.work, 1, a.has_base, tile.chunk);
@@ -192,7 +193,7 @@ extern "C" int condu_cuda_absorb(const condu_place* place, const condu_work* wor
     static void (*(*const kernels[CONDU_KINDS])(bool, bool))(Absorb) = {
         kernel_for<CONDU_ALL_F32>, kernel_for<CONDU_ALL_BF16>, kernel_for<CONDU_ALL_F16>,
         kernel_for<CONDU_GENERAL>};
-    const size_t shared = few ? shared_bytes<ThreadSums>(tasks) : shared_bytes<WarpSums>(tasks);
+    const size_t shared = few ? Shared<true>::bytes(tasks) : Shared<false>::bytes(tasks);
     return launch(place, kernels[kind](bf16, few), blocks, shared,
                   Absorb{part, space, state, has_base, zero_sum, u, space.planes + tasks});
   }));

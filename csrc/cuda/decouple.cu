@@ -23,7 +23,8 @@ CONDU_DEVICE void store_octet(Stream out, int at, int end, const float* v) {
       if (out.dtype == CONDU_F32) {
         ((float*)data)[i] = v[j];
       } else {
-        ((uint16_t*)data)[i] = (uint16_t)(out.dtype == CONDU_BF16 ? to_bf16(v[j]) : to_f16(v[j]));
+        ((uint16_t*)data)[i] =
+            (uint16_t)(out.dtype == CONDU_BF16 ? pack_bf16(v[j], 0.0f) : pack_f16(v[j], 0.0f));
       }
     }
     return;
@@ -36,13 +37,13 @@ CONDU_DEVICE void store_octet(Stream out, int at, int end, const float* v) {
       if (kKind == CONDU_ALL_F32) {
         word[w] = __float_as_uint(v[4 * p + w]);
       } else if (kKind == CONDU_ALL_BF16) {
-        word[w] = to_bf16(v[2 * w]) | to_bf16(v[2 * w + 1]) << 16;
+        word[w] = pack_bf16(v[2 * w], v[2 * w + 1]);
       } else {
-        word[w] = to_f16(v[2 * w]) | to_f16(v[2 * w + 1]) << 16;
+        word[w] = pack_f16(v[2 * w], v[2 * w + 1]);
       }
     }
     const int size = kKind == CONDU_ALL_F32 ? 4 : 2;
-    __stcg((uint4*)(const_cast<char*>(out.data) + size * i),
+    __stcs((uint4*)(const_cast<char*>(out.data) + size * i),
            make_uint4(word[0], word[1], word[2], word[3]));
   }
 }

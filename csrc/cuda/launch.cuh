@@ -11,20 +11,23 @@
 // Keeps what CUDA said for condu_cuda_error and turns it into a status.
 int condu_cuda_status(cudaError_t error);
 
-// The device of a call is current while in scope.
+// The device of a call is current while in scope. A device that already is current is left alone,
+// for setting one makes a context on it.
 class OnDevice {
  public:
-  explicit OnDevice(int device) {
+  explicit OnDevice(int device) : here_(device) {
     error = cudaGetDevice(&before_);
-    if (error == cudaSuccess && before_ != device) error = cudaSetDevice(device);
+    if (error == cudaSuccess && before_ != here_) error = cudaSetDevice(here_);
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (before_ != here_) cudaSetDevice(before_);
+  }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
   cudaError_t error;
 
  private:
-  int before_ = 0;
+  int here_, before_ = 0;
 };
 
 template <class Arguments>

@@ -15,8 +15,8 @@ struct Merge {
 
 size_t shared_bytes(int tasks_a, int tasks_b) {
   const int tasks = tasks_a + tasks_b;
-  return WarpSums::bytes(tasks) + Triggers::bytes(tasks_a) + Triggers::bytes(tasks_b) +
-         tasks * sizeof(uint8_t*);
+  return WarpSums::bytes(tasks) + Triggers<false>::bytes(tasks_a) +
+         Triggers<false>::bytes(tasks_b) + tasks * sizeof(uint8_t*);
 }
 
 template <bool kBf16>
@@ -28,10 +28,10 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(Merge m) {
   unsigned char* memory = shared_memory;
   const WarpSums sums = {(double*)memory, tasks};
   memory += WarpSums::bytes(tasks);
-  const Triggers a(memory, m.a, tile.chunk, m.work.tensors);
-  memory += Triggers::bytes(m.a.tasks);
-  const Triggers b(memory, m.b, tile.chunk, m.work.tensors);
-  uint8_t** const planes = (uint8_t**)(memory + Triggers::bytes(m.b.tasks));
+  const Triggers<false> a(memory, m.a, tile.chunk, m.work.tensors);
+  memory += Triggers<false>::bytes(m.a.tasks);
+  const Triggers<false> b(memory, m.b, tile.chunk, m.work.tensors);
+  uint8_t** const planes = (uint8_t**)(memory + Triggers<false>::bytes(m.b.tasks));
   sums.clear();
   for (int t = threadIdx.x; t < tasks; t += kThreads) {
     planes[t] = m.planes[t] + tile.chunk.arena / 8;
@@ -49,22 +49,27 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(Merge m) {
     float u_a[8], u_b[8], u[8];
     raw_a.unpack(u_a);
     raw_b.unpack(u_b);
-    uint32_t kept_a = 0, kept_b = 0, counts = 0;
+    uint32_t kept_a = 0, kept_b = 0;
+    Elected flag[8];
     for (int j = 7; j >= 0; --j) {
       const float total = __fadd_rn(__fmul_rn(u_a[j], of_a.S[j]), __fmul_rn(u_b[j], of_b.S[j]));
-      const Elected flag = elect(total, m.zero_sum == CONDU_NEGATIVE);
-      const float seen_a = agreeing<false>(u_a[j], flag), seen_b = agreeing<false>(u_b[j], flag);
+      flag[j] = elect(total, m.zero_sum == CONDU_NEGATIVE);
+      const float seen_a = agreeing<false>(u_a[j], flag[j]);
+      const float seen_b = agreeing<false>(u_b[j], flag[j]);
       const float best =
           fmaxf(__fmul_rn(seen_b, of_b.X[j]), fmaxf(__fmul_rn(seen_a, of_a.X[j]), 0.0f));
-      const bool valid = flag.valid | (m.zero_sum != CONDU_ZERO);
       kept_a = append_above_zero(kept_a, seen_a);
       kept_b = append_above_zero(kept_b, seen_b);
-      counts = counts << 1 | valid;
-      u[j] = elected(keep(valid, best), flag);
+      u[j] = elected(best, flag[j]);
+    }
+    if (m.zero_sum == CONDU_ZERO) {
+      const uint32_t counts = clear_ties(flag, u);
+      kept_a &= counts;
+      kept_b &= counts;
     }
     store_unified<kWide, kBf16>(m.u, tile.chunk.arena + at, u);
-    confirm<kWide>(a, at / 8, kept_a & counts, u, planes, sums, 0);
-    confirm<kWide>(b, at / 8, kept_b & counts, u, planes + a.tasks, sums, a.tasks);
+    confirm<kWide>(a, at / 8, kept_a, u, planes, sums, 0);
+    confirm<kWide>(b, at / 8, kept_b, u, planes + a.tasks, sums, a.tasks);
   }
   sums.store(m.space, tile);
 }

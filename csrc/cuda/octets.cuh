@@ -48,10 +48,16 @@ CONDU_DEVICE float from_bf16(uint32_t bits) { return __uint_as_float(bits << 16)
 CONDU_DEVICE float from_f16(uint32_t bits) {
   return __half2float(__ushort_as_half((unsigned short)bits));
 }
-CONDU_DEVICE uint32_t to_bf16(float value) {
-  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+// Two values at once: one instruction at full rate, where one value takes a slow one.
+CONDU_DEVICE uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return __bfloat16_as_ushort(pair.x) | (uint32_t)__bfloat16_as_ushort(pair.y) << 16;
 }
-CONDU_DEVICE uint32_t to_f16(float value) { return __half_as_ushort(__float2half_rn(value)); }
+CONDU_DEVICE uint32_t pack_f16(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return __half_as_ushort(pair.x) | (uint32_t)__half_as_ushort(pair.y) << 16;
+}
+CONDU_DEVICE float upper_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 CONDU_DEVICE bool is_four_bytes(uint8_t dtype) {
   return dtype == CONDU_F32 || dtype == CONDU_F32_VIA_BF16 || dtype == CONDU_F32_VIA_F16;
@@ -67,13 +73,13 @@ CONDU_DEVICE float value_of(uint32_t bits, uint8_t dtype) {
     case CONDU_F16:
       return from_f16(bits);
     case CONDU_F32_VIA_BF16:
-      return from_bf16(to_bf16(__uint_as_float(bits)));
+      return from_bf16(pack_bf16(__uint_as_float(bits), 0.0f));
     case CONDU_F32_VIA_F16:
-      return from_f16(to_f16(__uint_as_float(bits)));
+      return from_f16(pack_f16(__uint_as_float(bits), 0.0f));
     case CONDU_BF16_VIA_F16:
-      return from_f16(to_f16(from_bf16(bits)));
+      return from_f16(pack_f16(from_bf16(bits), 0.0f));
     default:
-      return from_bf16(to_bf16(from_f16(bits)));
+      return from_bf16(pack_bf16(from_f16(bits), 0.0f));
   }
 }
 
@@ -118,9 +124,9 @@ struct Part<CONDU_ALL_BF16> {
   __device__ __forceinline__ void unpack(Stream, int quad, float* v) const {
     const uint32_t low = quad ? bits.z : bits.x, high = quad ? bits.w : bits.y;
     v[0] = from_bf16(low);
-    v[1] = __uint_as_float(low & 0xffff0000u);
+    v[1] = upper_bf16(low);
     v[2] = from_bf16(high);
-    v[3] = __uint_as_float(high & 0xffff0000u);
+    v[3] = upper_bf16(high);
   }
 };
 
@@ -204,13 +210,13 @@ struct RawUnified {
   __device__ __forceinline__ void load(const void* u, int64_t at) {
     const Seat<kWide> seat;
     if (!kBf16) {
-      half[0] = __ldcg((const uint4*)((const float*)u + at + seat.quad(0)));
-      half[1] = __ldcg((const uint4*)((const float*)u + at + seat.quad(1)));
+      half[0] = __ldcs((const uint4*)((const float*)u + at + seat.quad(0)));
+      half[1] = __ldcs((const uint4*)((const float*)u + at + seat.quad(1)));
     } else if (!kWide) {
-      half[0] = __ldcg((const uint4*)((const uint16_t*)u + at + seat.quad(0)));
+      half[0] = __ldcs((const uint4*)((const uint16_t*)u + at + seat.quad(0)));
     } else {
-      const uint2 a = __ldcg((const uint2*)((const uint16_t*)u + at + seat.quad(0)));
-      const uint2 b = __ldcg((const uint2*)((const uint16_t*)u + at + seat.quad(1)));
+      const uint2 a = __ldcs((const uint2*)((const uint16_t*)u + at + seat.quad(0)));
+      const uint2 b = __ldcs((const uint2*)((const uint16_t*)u + at + seat.quad(1)));
       half[0] = make_uint4(a.x, a.y, b.x, b.y);
     }
   }
@@ -230,22 +236,21 @@ CONDU_DEVICE void store_unified(void* u, int64_t at, float* v) {
   uint32_t words[8];
   if (kBf16) {
     for (int w = 0; w < 4; ++w) {
-      const uint32_t low = to_bf16(v[2 * w]), high = to_bf16(v[2 * w + 1]);
-      words[w] = low | (high << 16);
-      v[2 * w] = from_bf16(low);
-      v[2 * w + 1] = from_bf16(high);
+      words[w] = pack_bf16(v[2 * w], v[2 * w + 1]);
+      v[2 * w] = from_bf16(words[w]);
+      v[2 * w + 1] = upper_bf16(words[w]);
     }
     if (kWide) {
-      __stcg((uint2*)((uint16_t*)u + at + seat.quad(0)), make_uint2(words[0], words[1]));
-      __stcg((uint2*)((uint16_t*)u + at + seat.quad(1)), make_uint2(words[2], words[3]));
+      __stcs((uint2*)((uint16_t*)u + at + seat.quad(0)), make_uint2(words[0], words[1]));
+      __stcs((uint2*)((uint16_t*)u + at + seat.quad(1)), make_uint2(words[2], words[3]));
     } else {
-      __stcg((uint4*)((uint16_t*)u + at + seat.quad(0)),
+      __stcs((uint4*)((uint16_t*)u + at + seat.quad(0)),
              make_uint4(words[0], words[1], words[2], words[3]));
     }
   } else {
     for (int j = 0; j < 8; ++j) words[j] = __float_as_uint(v[j]);
     for (int h = 0; h < 2; ++h) {
-      __stcg((uint4*)((float*)u + at + seat.quad(h)),
+      __stcs((uint4*)((float*)u + at + seat.quad(h)),
              make_uint4(words[4 * h], words[4 * h + 1], words[4 * h + 2], words[4 * h + 3]));
     }
   }
@@ -253,6 +258,13 @@ CONDU_DEVICE void store_unified(void* u, int64_t at, float* v) {
 }
 
 // ---- masks -------------------------------------------------------------------------------------
+
+// The compiler cannot know that an address read from shared memory is one of global memory.
+template <class T>
+CONDU_DEVICE T* global(T* address) {
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
 
 // Bytes of up to eight masks for an octet; byte t is that of task t, bit j that of element j.
 struct MaskBytes {
@@ -275,7 +287,7 @@ CONDU_DEVICE MaskBytes load_bytes(const uint8_t* const* planes, int count, int64
   const int64_t at = byte + Seat<kWide>().byte();
   MaskBytes masks = {{0, 0}};
   for (int t = 0; t < kMost; ++t) {
-    if (t < count) masks.word[t / 4] |= (uint32_t)planes[t][at] << (8 * (t % 4));
+    if (t < count) masks.word[t / 4] |= (uint32_t)global(planes[t])[at] << (8 * (t % 4));
   }
   return masks;
 }
@@ -292,6 +304,6 @@ CONDU_DEVICE void store_masks(uint8_t* const* planes, int count, int64_t byte, M
   const int64_t at = byte + Seat<kWide>().byte();
   masks.swap<kWide>();
   for (int t = 0; t < kMost; ++t) {
-    if (t < count) planes[t][at] = (uint8_t)masks.of(t);
+    if (t < count) global(planes[t])[at] = (uint8_t)masks.of(t);
   }
 }

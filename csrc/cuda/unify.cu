@@ -47,12 +47,12 @@ CONDU_DEVICE Shared<Sums> set_up(const Unify& a, const Tile& tile) {
 struct Election {
   Elected flag[4];
   float best[4];
-  uint32_t counts = 0;  // bits of the elements at which a sign was elected, or a tie elects one
+  uint32_t counts = 0xf;  // bits of the elements at which a sign was elected
   __device__ __forceinline__ Election(const float* total, int zero_sum) {
     for (int j = 0; j < 4; ++j) {
       flag[j] = elect(total[j], zero_sum == CONDU_NEGATIVE);
       best[j] = 0.0f;
-      if (flag[j].valid | (zero_sum != CONDU_ZERO)) counts |= 1u << j;
+      if (zero_sum == CONDU_ZERO && !flag[j].valid) counts &= ~(1u << j);
     }
   }
   // Bits of the elements at which a delta is on the elected side.

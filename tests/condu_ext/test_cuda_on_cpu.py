@@ -7,14 +7,13 @@ make a difference: a race between threads would.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from emulated_cuda import compile_kernels, use
+from emulated_cuda import use
 from kernel_cases import (
     BF16,
     DTYPES,
@@ -36,28 +35,17 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 WHOLE = (8, 16, 248, 256, 264, 504, 512, 520, 2048, 2056, 8184, 8192, 8200)
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return compile_kernels(tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
-@pytest.fixture
-def ops(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    yield use(emulated, monkeypatch)
-    emulated.reverse(False)
-
-
 def relative_error(sums: Tensor, exact: Tensor) -> float:
     error = (sums - exact).abs()
     return float(torch.where(error == 0, 0.0, error / exact.abs()).max()) if error.numel() else 0.0
 
 
-def check(ops: Any, emulated: ModuleType, case: Case, tolerance: float = 1e-7) -> None:
+def check(emulated: Any, emulator: ModuleType, case: Case, tolerance: float = 1e-7) -> None:
     expected = run(reference, case)
-    emulated.reverse(False)
-    forwards = run(ops, case)
-    emulated.reverse(True)
-    backwards = run(ops, case)
+    emulator.reverse(False)
+    forwards = run(emulated, case)
+    emulator.reverse(True)
+    backwards = run(emulated, case)
     assert list(forwards) == list(expected)
     for name, value in forwards.items():
         assert same_bytes(value, backwards[name]), f"{name} depends on the order of threads"
@@ -71,35 +59,39 @@ def check(ops: Any, emulated: ModuleType, case: Case, tolerance: float = 1e-7) -
 
 @pytest.mark.parametrize("tasks", [*range(1, 10), 15, 16, 17, 20, 33, 64])
 @pytest.mark.parametrize("kind", list(DTYPES))
-def test_number_of_tasks(ops: Any, emulated: ModuleType, kind: str, tasks: int) -> None:
+def test_number_of_tasks(emulated: Any, emulator: ModuleType, kind: str, tasks: int) -> None:
     state = BF16 if tasks % 2 else F32
-    check(ops, emulated, make_case((17, 264, 1024), tasks, kind, state, tasks % 3, tasks))
+    check(emulated, emulator, make_case((17, 264, 1024), tasks, kind, state, tasks % 3, tasks))
 
 
 @pytest.mark.parametrize("zero_sum", [0, 1, 2])
 @pytest.mark.parametrize("state", [F32, BF16])
 @pytest.mark.parametrize("kind", list(DTYPES))
 def test_dtypes_and_rules(
-    ops: Any, emulated: ModuleType, kind: str, state: torch.dtype, zero_sum: int
+    emulated: Any, emulator: ModuleType, kind: str, state: torch.dtype, zero_sum: int
 ) -> None:
-    check(ops, emulated, make_case(SMALL, 3, kind, state, zero_sum, seed=zero_sum))
+    check(emulated, emulator, make_case(SMALL, 3, kind, state, zero_sum, seed=zero_sum))
 
 
 @pytest.mark.parametrize(("kind", "state", "tasks"), [("fp32", BF16, 2), ("bf16", F32, 9)])
 def test_sizes_around_warps_and_tiles(
-    ops: Any, emulated: ModuleType, kind: str, state: torch.dtype, tasks: int
+    emulated: Any, emulator: ModuleType, kind: str, state: torch.dtype, tasks: int
 ) -> None:
-    check(ops, emulated, make_case(WHOLE, tasks, kind, state, zero_sum=2))
+    check(emulated, emulator, make_case(WHOLE, tasks, kind, state, zero_sum=2))
 
 
 @pytest.mark.parametrize(("kind", "state"), [("fp32", F32), ("mixed", BF16)])
-def test_sizes_around_chunks(ops: Any, emulated: ModuleType, kind: str, state: torch.dtype) -> None:
-    check(ops, emulated, make_case((65535, 0, 65536, 65544, 1), 1, kind, state, zero_sum=1))
+def test_sizes_around_chunks(
+    emulated: Any, emulator: ModuleType, kind: str, state: torch.dtype
+) -> None:
+    check(emulated, emulator, make_case((65535, 0, 65536, 65544, 1), 1, kind, state, zero_sum=1))
 
 
 @pytest.mark.parametrize("shift", [1, 2, 4])
 @pytest.mark.parametrize("kind", list(DTYPES))
-def test_misaligned_inputs_among_nan(ops: Any, emulated: ModuleType, kind: str, shift: int) -> None:
+def test_misaligned_inputs_among_nan(
+    emulated: Any, emulator: ModuleType, kind: str, shift: int
+) -> None:
     """Views that start inside a buffer of NaN: nothing outside them may count."""
 
     def place(tensor: Tensor) -> Tensor:
@@ -107,7 +99,7 @@ def test_misaligned_inputs_among_nan(ops: Any, emulated: ModuleType, kind: str, 
         buffer[shift : tensor.numel() + shift] = tensor
         return buffer[shift : tensor.numel() + shift]
 
-    check(ops, emulated, make_case((0, 5, 8, 257, 520), 3, kind, place=place))
+    check(emulated, emulator, make_case((0, 5, 8, 257, 520), 3, kind, place=place))
 
 
 # Codes: 0 none, 1 through bfloat16, 2 through float16.
@@ -115,18 +107,20 @@ def test_misaligned_inputs_among_nan(ops: Any, emulated: ModuleType, kind: str, 
     ("kind", "codes"),
     [("fp32", [1]), ("fp32", [2]), ("bf16", [2]), ("fp16", [1]), ("fp32", [0, 1, 2])],
 )
-def test_rounding_of_the_base(ops: Any, emulated: ModuleType, kind: str, codes: list[int]) -> None:
+def test_rounding_of_the_base(
+    emulated: Any, emulator: ModuleType, kind: str, codes: list[int]
+) -> None:
     case = make_case((7, 264, 1025), 2, kind)
     case.via = [codes[k % len(codes)] for k in range(len(case.numels))]
     narrow = [DTYPES[kind][0], BF16, F16]
     case.models = [
         [t.to(narrow[case.via[k]]) for k, t in enumerate(model)] for model in case.models
     ]
-    check(ops, emulated, case)
+    check(emulated, emulator, case)
 
 
 @pytest.mark.parametrize("tasks", [1, 6, 17])
-def test_sums_that_leave_the_range(ops: Any, tasks: int) -> None:
+def test_sums_that_leave_the_range(emulated: Any, tasks: int) -> None:
     """Finite deltas whose total is ±infinity still elect a sign."""
     case = make_case((33, 704), tasks, "fp32", zero_sum=2)
     largest = torch.finfo(F32).max
@@ -136,7 +130,7 @@ def test_sums_that_leave_the_range(ops: Any, tasks: int) -> None:
             tensor[5::11] = largest if (t + k) % 3 else -largest
     for tensor in case.base:
         tensor.zero_()
-    got, expected = run(ops, case), run(reference, case)
+    got, expected = run(emulated, case), run(reference, case)
     for name, value in got.items():
         if ".sums" not in name:
             assert same_bytes(value, expected[name]), f"{name}: {differing(value, expected[name])}"
@@ -145,7 +139,7 @@ def test_sums_that_leave_the_range(ops: Any, tasks: int) -> None:
 @pytest.mark.parametrize("zero_sum", [0, 1, 2])
 @pytest.mark.parametrize("state", [F32, BF16])
 @pytest.mark.parametrize("tasks", [5, 11])
-def test_any_incoming_state(ops: Any, state: torch.dtype, zero_sum: int, tasks: int) -> None:
+def test_any_incoming_state(emulated: Any, state: torch.dtype, zero_sum: int, tasks: int) -> None:
     """Bits and values that no unify would give: set bits where u is 0, rescalers of 0."""
     numels = [8, 104, 520]
     generator = torch.Generator().manual_seed(1)
@@ -166,43 +160,45 @@ def test_any_incoming_state(ops: Any, state: torch.dtype, zero_sum: int, tasks: 
         ("absorb", (*a, lam, case.models[0], case.base, zero_sum, [])),
         ("merge", (*a, lam, *b, lam.flip(0), numels, zero_sum)),
     ):
-        got, expected = (getattr(module, name)(*args) for module in (ops, reference))
+        got, expected = (getattr(module, name)(*args) for module in (emulated, reference))
         assert same_bytes(got[0], expected[0]), differing(got[0], expected[0])
         assert all(same_bytes(*pair) for pair in zip(got[1], expected[1], strict=True))
         assert relative_error(got[2], expected[2]) <= 1e-7
 
 
-def test_values_that_are_not_finite_show_in_the_sums(ops: Any) -> None:
+def test_values_that_are_not_finite_show_in_the_sums(emulated: Any) -> None:
     for value in (torch.nan, torch.inf, -torch.inf):
         for tasks in (1, 17):
             case = make_case((264, 1025), tasks, "fp32")
             case.models[0][1][1000] = value
             flat = [t for model in case.models[:tasks] for t in model]
-            sums = ops.unify(flat, case.base, tasks, 0, F32, [])[2]
+            sums = emulated.unify(flat, case.base, tasks, 0, F32, [])[2]
             assert sums[0].isfinite().tolist() == [True, False]
-            assert ops.measure(case.models[0], case.base, []).isfinite().tolist() == [[True, False]]
+            assert emulated.measure(case.models[0], case.base, []).isfinite().tolist() == [
+                [True, False]
+            ]
 
 
-def test_a_one_task_state_has_equal_sums(ops: Any) -> None:
+def test_a_one_task_state_has_equal_sums(emulated: Any) -> None:
     """What makes λ exactly 1: numerator and denominator add the same numbers in the same order."""
     case = make_case(SMALL + WHOLE, 1, "fp32")
-    sums = ops.unify(case.models[0], case.base, 1, 0, F32, [])[2]
+    sums = emulated.unify(case.models[0], case.base, 1, 0, F32, [])[2]
     assert torch.equal(sums[0], sums[1])
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, 1e-5, 1 / 3, 1.1])
-def test_sums_of_equal_values(ops: Any, value: float) -> None:
+def test_sums_of_equal_values(emulated: Any, value: float) -> None:
     model = [torch.full((65536,), value)]
     exact = model[0].sum(dtype=torch.float64)
-    assert relative_error(ops.measure(model, [], []).sum(), exact) <= 1e-7
+    assert relative_error(emulated.measure(model, [], []).sum(), exact) <= 1e-7
 
 
-def test_more_planes_than_one_launch_carries(ops: Any) -> None:
+def test_more_planes_than_one_launch_carries(emulated: Any) -> None:
     """Pointers to planes travel as kernel arguments, 480 at a time."""
     tasks = 500
     case = make_case((24,), tasks, "bf16")
     flat = [t for model in case.models[:tasks] for t in model]
-    results = [module.unify(flat, case.base, tasks, 0, F32, []) for module in (ops, reference)]
+    results = [module.unify(flat, case.base, tasks, 0, F32, []) for module in (emulated, reference)]
     assert same_bytes(results[0][0], results[1][0])
     assert all(same_bytes(*pair) for pair in zip(results[0][1], results[1][1], strict=True))
 
@@ -230,10 +226,10 @@ def test_tensors_without_memory_are_refused() -> None:
 
 
 def test_tables_are_kept_and_forgotten(
-    emulated: ModuleType, monkeypatch: pytest.MonkeyPatch
+    emulator: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hit copies nothing; what a graph captured stays; while one is captured nothing is copied."""
-    use(emulated, monkeypatch)
+    """A hit copies nothing, what a graph captured stays, and a capture copies nothing."""
+    use(emulator, monkeypatch)
     copies: list[int] = []
     plain = _tables.upload
     monkeypatch.setattr(
@@ -275,24 +271,24 @@ def test_tables_are_kept_and_forgotten(
     ],
 )
 def test_which_gpus_the_compiled_kernels_run_on(
-    ops: Any, compiled: str, capability: tuple[int, int], covered: bool
+    emulated: Any, compiled: str, capability: tuple[int, int], covered: bool
 ) -> None:
-    assert ops._covers(compiled, *capability) is covered
+    assert emulated._covers(compiled, *capability) is covered
 
 
-def test_misaligned_loads_are_noticed(emulated: ModuleType) -> None:
+def test_misaligned_loads_are_noticed(emulator: ModuleType) -> None:
     """The emulator's own check, with a table that calls a misaligned tensor aligned."""
     table = np.zeros(64, dtype=np.uint8)
     buffer = torch.zeros(64)
     table[:32].view(_tables._CHUNK_DTYPE)["elements"] = 8
     table[32:40].view(np.uint64)[0] = buffer.data_ptr() + 4
     sums, space = torch.zeros(1, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
-    work = emulated.Work(table.ctypes.data, 1, 1, [1, 0, 0, 0])
+    work = emulator.Work(table.ctypes.data, 1, 1, [1, 0, 0, 0])
     with pytest.raises(RuntimeError, match="misaligned access of 16 bytes"):
-        emulated.cuda_measure(emulated.Place(0, 0, space.data_ptr()), work, False, sums.data_ptr())
+        emulator.cuda_measure(emulator.Place(0, 0, space.data_ptr()), work, False, sums.data_ptr())
 
 
-def test_a_failing_call_says_what_cuda_said(emulated: ModuleType) -> None:
-    work = emulated.Work(0, 0, 0, [0, 0, 0, 0])
+def test_a_failing_call_says_what_cuda_said(emulator: ModuleType) -> None:
+    work = emulator.Work(0, 0, 0, [0, 0, 0, 0])
     with pytest.raises(RuntimeError, match="measure on CUDA: invalid device ordinal"):
-        emulated.cuda_measure(emulated.Place(1, 0, 0), work, False, 0)
+        emulator.cuda_measure(emulator.Place(1, 0, 0), work, False, 0)

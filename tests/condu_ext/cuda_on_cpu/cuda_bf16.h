@@ -11,3 +11,10 @@ static inline __nv_bfloat16 __float2bfloat16_rn(float a) {
   if (a != a) return {0x7fff};
   return {(unsigned short)((x + 0x7fff + (x >> 16 & 1)) >> 16)};
 }
+
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+static inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
+  return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)};
+}

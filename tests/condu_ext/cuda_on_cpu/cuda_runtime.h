@@ -61,18 +61,26 @@ static inline T aligned_load(const T* p) {
   return *p;
 }
 template <class T>
-static inline T __ldg(const T* p) {
-  return aligned_load(p);
-}
-template <class T>
-static inline T __ldcg(const T* p) {
-  return aligned_load(p);
-}
-template <class T>
-static inline void __stcg(T* p, T value) {
+static inline void aligned_store(T* p, T value) {
   if ((uintptr_t)p % sizeof(T)) misaligned(p, sizeof(T));
   *p = value;
 }
+#define CACHE_KINDS_OF_LOADS(name)   \
+  template <class T>                 \
+  static inline T name(const T* p) { \
+    return aligned_load(p);          \
+  }
+#define CACHE_KINDS_OF_STORES(name)        \
+  template <class T>                       \
+  static inline void name(T* p, T value) { \
+    aligned_store(p, value);               \
+  }
+CACHE_KINDS_OF_LOADS(__ldg)
+CACHE_KINDS_OF_LOADS(__ldcs)
+CACHE_KINDS_OF_STORES(__stcs)
+
+#define __builtin_assume(condition) ((void)(condition))
+static inline bool __isGlobal(const void*) { return true; }
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
