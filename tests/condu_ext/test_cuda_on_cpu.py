@@ -28,7 +28,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from condu_ext import _tables, reference
+from condu_ext import _cuda, _dispatch, _ops, _tables, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 # Tensors that typed kernels take (whole groups of eight), round tiles' and warps' borders.
@@ -292,3 +292,20 @@ def test_a_failing_call_says_what_cuda_said(emulator: ModuleType) -> None:
     work = emulator.Work(0, 0, 0, [0, 0, 0, 0])
     with pytest.raises(RuntimeError, match="measure on CUDA: invalid device ordinal"):
         emulator.cuda_measure(emulator.Place(1, 0, 0), work, False, 0)
+
+
+def test_which_back_end_a_gpu_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels where they run; plain PyTorch where they do not, unless kernels were asked for."""
+    gpu = torch.device("cuda", 0)
+    for compiled, runs, said in (("", True, "not at all"), ("90", False, "for 90")):
+        monkeypatch.setattr(_dispatch._C, "cuda_archs", compiled)
+        monkeypatch.setattr(_cuda, "runs_on", lambda device, runs=runs: runs)
+        assert _dispatch.kernels_for(None, gpu) is reference
+        with pytest.raises(RuntimeError, match=rf"cuda:0 \(compiled {said}\).*CONDU_CUDA=1"):
+            _dispatch.kernels_for("cuda", gpu)
+    monkeypatch.setattr(_cuda, "runs_on", lambda device: True)
+    for backend in (None, "cuda"):
+        assert _dispatch.kernels_for(backend, gpu) is _ops
+    assert _dispatch.kernels_for("reference", gpu) is reference
+    with pytest.raises(ValueError, match=r"'cpu'.*cuda:0"):
+        _dispatch.kernels_for("cpu", gpu)
