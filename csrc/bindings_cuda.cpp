@@ -69,7 +69,6 @@ void run(const char* operation, Call call) {
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  m.attr("TILE") = (int)CONDU_TILE;
   py::class_<Place>(m, "Place").def(py::init<int, uint64_t, uint64_t>());
   py::class_<Work>(m, "Work").def(
       py::init<uint64_t, int64_t, int64_t, const std::array<int64_t, CONDU_KINDS>&>());

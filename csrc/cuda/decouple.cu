@@ -15,7 +15,7 @@ struct Decouple {
 template <int kKind>
 CONDU_DEVICE void store_octet(Stream out, int at, int end, const float* v) {
   const Seat<Part<kKind>::kWide> seat;
-  if (kKind == CONDU_GENERAL) {
+  if constexpr (kKind == CONDU_GENERAL) {
     char* const data = const_cast<char*>(out.data);
     for (int j = 0; j < 8; ++j) {
       const int i = at + seat.quad(0) + j;
@@ -27,24 +27,24 @@ CONDU_DEVICE void store_octet(Stream out, int at, int end, const float* v) {
             (uint16_t)(out.dtype == CONDU_BF16 ? pack_bf16(v[j], 0.0f) : pack_f16(v[j], 0.0f));
       }
     }
-    return;
-  }
-  for (int p = 0; p < 2 / Part<kKind>::kQuads; ++p) {
-    const int i = at + seat.quad(p);
-    if (i >= end) continue;
-    uint32_t word[4];
-    for (int w = 0; w < 4; ++w) {
-      if (kKind == CONDU_ALL_F32) {
-        word[w] = __float_as_uint(v[4 * p + w]);
-      } else if (kKind == CONDU_ALL_BF16) {
-        word[w] = pack_bf16(v[2 * w], v[2 * w + 1]);
-      } else {
-        word[w] = pack_f16(v[2 * w], v[2 * w + 1]);
+  } else {
+    for (int p = 0; p < 2 / Part<kKind>::kQuads; ++p) {
+      const int i = at + seat.quad(p);
+      if (i >= end) continue;
+      uint32_t word[4];
+      for (int w = 0; w < 4; ++w) {
+        if (kKind == CONDU_ALL_F32) {
+          word[w] = __float_as_uint(v[4 * p + w]);
+        } else if (kKind == CONDU_ALL_BF16) {
+          word[w] = pack_bf16(v[2 * w], v[2 * w + 1]);
+        } else {
+          word[w] = pack_f16(v[2 * w], v[2 * w + 1]);
+        }
       }
+      const int size = kKind == CONDU_ALL_F32 ? 4 : 2;
+      __stcs((uint4*)(const_cast<char*>(out.data) + size * i),
+             make_uint4(word[0], word[1], word[2], word[3]));
     }
-    const int size = kKind == CONDU_ALL_F32 ? 4 : 2;
-    __stcs((uint4*)(const_cast<char*>(out.data) + size * i),
-           make_uint4(word[0], word[1], word[2], word[3]));
   }
 }
 

@@ -75,17 +75,24 @@ CONDU_DEVICE void store_result(const Unify& a, int64_t at, float* u) {
   a.bf16 ? store_unified<kWide, true>(a.u, at, u) : store_unified<kWide, false>(a.u, at, u);
 }
 
-// What the compiler cannot see through it does not keep converted.
-template <int kKind>
-CONDU_DEVICE void keep_narrow(Part<kKind>& part) {
+// What the compiler cannot see through it neither keeps converted nor computes once more.
+CONDU_DEVICE void settle(uint32_t& word) {
 #ifdef __CUDA_ARCH__
-  asm volatile("" : "+r"(part.bits.x), "+r"(part.bits.y), "+r"(part.bits.z), "+r"(part.bits.w));
+  asm volatile("" : "+r"(word));
 #else
-  (void)part;
+  (void)word;
+#endif
+}
+CONDU_DEVICE void settle(float& value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+f"(value));
+#else
+  (void)value;
 #endif
 }
 
-// At most kCapacity models.
+// At most kCapacity models. The deltas of up to eight stay in registers for the second look, of
+// more only the bits, which take half the room.
 template <int kKind, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kCapacity <= 4 ? 3 : 2) unify_few(Unify a) {
   constexpr int kBatches = (kCapacity + 7) / 8, kMost = kCapacity < 8 ? kCapacity : 8;
@@ -113,22 +120,32 @@ __global__ void __launch_bounds__(kThreads, kCapacity <= 4 ? 3 : 2) unify_few(Un
           if (t < T) theta[t].load(s.models[t], at, q, end);
         }
       }
-      float start[4], total[4], d[4];
+      constexpr bool kHold = kBatches == 1;
+      float start[4], total[4], d[kHold ? kCapacity : 1][4];
       unpack_base(theta_0, base, q % kQuads, start);
 #pragma unroll
       for (int t = 0; t < kCapacity; ++t) {
         if (t >= T) continue;
-        delta(theta[t], {}, q % kQuads, start, d);
-        for (int j = 0; j < 4; ++j) total[j] = t ? __fadd_rn(total[j], d[j]) : d[j];
-        if (kBatches > 1) keep_narrow(theta[t]);
+        float* own = d[kHold ? t : 0];
+        delta(theta[t], {}, q % kQuads, start, own);
+        for (int j = 0; j < 4; ++j) {
+          total[j] = t ? __fadd_rn(total[j], own[j]) : own[j];
+          if (kHold) settle(own[j]);
+        }
+        if (!kHold) {
+          settle(theta[t].bits.x), settle(theta[t].bits.y);
+          settle(theta[t].bits.z), settle(theta[t].bits.w);
+        }
       }
       Election election(total, a.zero_sum);
+      for (int j = 0; j < 4; ++j) settle(election.flag[j].sign);
 #pragma unroll
       for (int t = 0; t < kCapacity; ++t) {
         if (t >= T) continue;
-        delta(theta[t], {}, q % kQuads, start, d);
-        masks[t / 8].word[t / 4 % 2] |= election.see(d) << (8 * (t % 4) + 4 * q);
-        s.sums.add(t, sum_of_magnitudes(d));
+        float* own = d[kHold ? t : 0];
+        if (!kHold) delta(theta[t], {}, q % kQuads, start, own);
+        masks[t / 8].word[t / 4 % 2] |= election.see(own) << (8 * (t % 4) + 4 * q);
+        s.sums.add(t, sum_of_magnitudes(own));
       }
       election.close(u + 4 * q);
     }
