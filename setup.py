@@ -5,7 +5,8 @@ binary serves every torch version. Objects are compiled by ninja, in parallel an
 changed.
 
 Environment: ``CONDU_CUDA=0|1`` forbids or requires the CUDA side (default: by finding nvcc),
-``CONDU_CUDA_ARCHS="80;90"`` overrides the architectures, ``CUDA_HOME`` names the toolkit.
+``CONDU_CUDA_ARCHS="80;90"`` overrides the architectures, ``CUDA_HOME`` names the toolkit. Without a
+toolkit, nvcc from its PyPI wheels (``nvidia-cuda-nvcc``, ``nvidia-cuda-cccl``) is found as well.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -68,11 +70,18 @@ def cuda_toolkit() -> Path | None:
         )
         top = re.search(r"^#\$ TOP=(.+)$", dry.stderr + dry.stdout, re.M)
         roots += [Path(top.group(1).strip()).resolve()] if top else []
+    # The PyPI wheels share one folder a major version, laid out as a toolkit. Where packages are
+    # installed is asked of sysconfig: under build isolation sys.path does not list them.
+    wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    roots += sorted(wheels.glob("cu[0-9]*"), reverse=True)
     for root in roots:
         if (root / "include" / "cuda_runtime.h").is_file() and (root / "bin" / "nvcc").is_file():
             return root
     if wanted == "1":
-        raise SystemExit("CONDU_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME")
+        raise SystemExit(
+            "CONDU_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME, or install the packages "
+            "nvidia-cuda-nvcc and nvidia-cuda-cccl"
+        )
     return None
 
 
@@ -92,7 +101,9 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(self.build_temp).resolve()
+        # Not build_temp, which pip removes: what was compiled is compiled once, and the tests read
+        # what the CUDA compiler said of it.
+        work = ROOT / "build" / f"kernels-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         work.mkdir(parents=True, exist_ok=True)
         (work / "build.ninja").write_text(self.ninja_file(target))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
@@ -137,7 +148,7 @@ class BuildKernels(build_ext):
 
         for source in sorted([*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")]):
             isa = ISA_FLAGS.get(source.stem, [])
-            if isa and not X86:
+            if (isa and not X86) or (source.stem == "bindings_cuda" and not toolkit):
                 continue
             objects.append(f"{source.stem}.o")
             builds.append(f"build {objects[-1]}: cxx {source}\n  isa = {' '.join(isa)}\n")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condu_ext import _ops, reference
+from condu_ext import _C, _cuda, _ops, reference
 from condu_ext.inputs import Model, resolve
 from condu_ext.layout import Arena, ModelSpec
 
@@ -16,9 +16,17 @@ ZERO_SUM_CODES = {"negative": 0, "positive": 1, "zero": 2}
 
 
 def kernels_for(backend: str | None, device: torch.device) -> Any:
-    """The module whose functions compute on a device."""
+    """The module whose functions compute on a device.
+
+    ``None`` means the kernels of the device's type, and plain PyTorch on a GPU for which none were
+    compiled.
+
+    Raises:
+        ValueError: an unknown back end, one for another device, or a device without kernels.
+        RuntimeError: ``backend="cuda"``, but no kernels were compiled that run on this GPU.
+    """
     chosen = backend or device.type
-    if chosen == "reference" or (backend is None and chosen == "cuda"):
+    if chosen == "reference":
         return reference
     if chosen not in ("cpu", "cuda"):
         raise ValueError(
@@ -28,9 +36,13 @@ def kernels_for(backend: str | None, device: torch.device) -> Any:
         )
     if chosen != device.type:
         raise ValueError(f"backend={backend!r}, but the tensors are on {device}")
-    if chosen == "cuda":
+    if chosen == "cuda" and not (_C.cuda_archs and _cuda.runs_on(device)):
+        if backend is None:
+            return reference
+        compiled = f"for {_C.cuda_archs}" if _C.cuda_archs else "not at all"
         raise RuntimeError(
-            "this version has no CUDA kernels; backend=None runs plain PyTorch on the GPU"
+            f"backend='cuda': no CUDA kernels for {device} (compiled {compiled}); rebuild with "
+            "CONDU_CUDA=1, or use backend=None, which runs plain PyTorch here"
         )
     return _ops
 

@@ -15,81 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from condu_ext import _C
+from condu_ext import _arguments as arguments
 from condu_ext.layout import offsets
 
-# condu_dtype of csrc/condu_ext.h, by storage dtype and the operators' `via` code.
-_DTYPE_CODES = {
-    (torch.float32, 0): 0,
-    (torch.bfloat16, 0): 1,
-    (torch.float16, 0): 2,
-    (torch.float32, 1): 3,
-    (torch.float32, 2): 4,
-    (torch.bfloat16, 2): 5,
-    (torch.float16, 1): 6,
-}
+_CPU = torch.device("cpu")
 
 
 def _addresses(tensors: Sequence[Tensor]) -> NDArray[np.uint64]:
-    for tensor in tensors:
-        if not tensor.is_contiguous() or tensor.device.type != "cpu":
-            raise ValueError(
-                "the CPU kernels take contiguous CPU tensors, not one of shape "
-                f"{tuple(tensor.shape)}, stride {tensor.stride()} on {tensor.device}"
-            )
-    return np.array([tensor.data_ptr() for tensor in tensors], dtype=np.uint64)
-
-
-def _dtypes(tensors: Sequence[Tensor], via: Sequence[int] = ()) -> NDArray[np.uint8]:
-    codes = via or [0] * len(tensors)
-    try:
-        return np.array(
-            [_DTYPE_CODES[t.dtype, code] for t, code in zip(tensors, codes, strict=True)],
-            dtype=np.uint8,
-        )
-    except KeyError as error:
-        raise TypeError(f"the kernels take float32, bfloat16 and float16, not {error}") from None
-
-
-def _state_code(dtype: torch.dtype) -> int:
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"a unified delta is float32 or bfloat16, not {dtype}")
-    return _DTYPE_CODES[dtype, 0]
-
-
-def _check_zero_sum(zero_sum: int) -> int:
-    if zero_sum not in (0, 1, 2):
-        raise ValueError(f"zero_sum is 0 (negative), 1 (positive) or 2 (zero), not {zero_sum}")
-    return zero_sum
+    return arguments.addresses(tensors, _CPU)
 
 
 def _layout(numels: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return np.array(numels, dtype=np.int64), np.array(offsets(numels)[0], dtype=np.int64)
 
 
-def _check_same_sizes(numels: Sequence[int], tensors: Sequence[Tensor], what: str) -> None:
-    sizes = [t.numel() for t in tensors]
-    if sizes != list(numels):
-        raise ValueError(f"{what} has tensors of {sizes} elements, expected {list(numels)}")
-
-
-def _check_arena(numels: Sequence[int], u: Tensor, planes: Sequence[Tensor]) -> None:
-    size = offsets(numels)[1]
-    if u.numel() != size or any(p.numel() != size // 8 for p in planes):
-        raise ValueError(
-            f"arena of {u.numel()} elements with planes of {[p.numel() for p in planes]} bytes, "
-            f"expected {size} and {size // 8}"
-        )
-    if any(p.dtype != torch.uint8 for p in planes):
-        raise TypeError("planes are uint8")
-
-
 def _table(rescaler: Tensor, tasks: int, tensors: int) -> NDArray[np.float32]:
-    if rescaler.dtype != torch.float32 or rescaler.numel() != tasks * tensors:
-        raise ValueError(
-            f"rescaler is {rescaler.dtype} {tuple(rescaler.shape)}, "
-            f"expected float32 ({tasks}, {tensors})"
-        )
-    return rescaler.contiguous().numpy().reshape(-1)
+    return arguments.table_of(rescaler, tasks, tensors).numpy()
 
 
 def _base(
@@ -97,13 +38,8 @@ def _base(
 ) -> tuple[NDArray[np.uint64] | None, NDArray[np.uint8] | None]:
     if not base and len(numels):
         return None, None
-    _check_same_sizes(numels, base, "the base model")
-    return _addresses(base), _dtypes(base, via)
-
-
-def _new_arena(size: int, tasks: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    planes = [torch.empty(size // 8, dtype=torch.uint8, device="cpu") for _ in range(tasks)]
-    return torch.empty(size, dtype=dtype, device="cpu"), planes
+    arguments.check_same_sizes(numels, base, "the base model")
+    return _addresses(base), arguments.dtype_codes(base, via)
 
 
 def unify(
@@ -114,20 +50,17 @@ def unify(
     dtype: torch.dtype,
     via: Sequence[int],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    if tasks < 1 or len(models) % tasks:
-        raise ValueError(f"{len(models)} tensors are not {tasks} models")
-    numels = [t.numel() for t in models[: len(models) // tasks]]
-    _check_same_sizes(numels * tasks, models, "a model")
-    u, planes = _new_arena(offsets(numels)[1], tasks, dtype)
+    numels = arguments.numels_of(models, tasks)
+    u, planes = arguments.new_arena(offsets(numels)[1], tasks, dtype, _CPU)
     shape = (tasks, len(numels))
     num, den = _C.unify(
         *_layout(numels),
         _addresses(models).reshape(shape),
-        _dtypes(models).reshape(shape),
+        arguments.dtype_codes(models).reshape(shape),
         *_base(base, via, numels),
-        _check_zero_sum(zero_sum),
+        arguments.check_zero_sum(zero_sum),
         u.data_ptr(),
-        _state_code(dtype),
+        arguments.state_code(dtype),
         _addresses(planes),
         torch.get_num_threads(),
     )
@@ -146,17 +79,17 @@ def _absorb_into(
     planes: Sequence[Tensor],
 ) -> Tensor:
     numels = [t.numel() for t in model]
-    _check_arena(numels, old_u, [*old_planes, *planes])
+    arguments.check_arena(numels, old_u, [*old_planes, *planes])
     num, den = _C.absorb(
         *_layout(numels),
         _addresses([old_u])[0],
-        _state_code(old_u.dtype),
+        arguments.state_code(old_u.dtype),
         _addresses(old_planes),
         _table(rescaler, len(old_planes), len(numels)),
         _addresses(model)[None],
-        _dtypes(model)[None],
+        arguments.dtype_codes(model)[None],
         *_base(base, via, numels),
-        _check_zero_sum(zero_sum),
+        arguments.check_zero_sum(zero_sum),
         u.data_ptr(),
         _addresses(planes),
         torch.get_num_threads(),
@@ -173,7 +106,7 @@ def absorb(
     zero_sum: int,
     via: Sequence[int],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    new_u, new_planes = _new_arena(u.numel(), len(planes) + 1, u.dtype)
+    new_u, new_planes = arguments.new_arena(u.numel(), len(planes) + 1, u.dtype, _CPU)
     sums = _absorb_into(u, planes, rescaler, model, base, zero_sum, via, new_u, new_planes)
     return new_u, new_planes, sums
 
@@ -202,11 +135,11 @@ def merge(
     numels: Sequence[int],
     zero_sum: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    if u_a.dtype != u_b.dtype:
-        raise ValueError(f"states of {u_a.dtype} and {u_b.dtype} do not merge")
-    _check_arena(numels, u_a, planes_a)
-    _check_arena(numels, u_b, planes_b)
-    u, planes = _new_arena(u_a.numel(), len(planes_a) + len(planes_b), u_a.dtype)
+    arguments.check_same_dtype(u_a, u_b)
+    arguments.check_arena(numels, u_a, planes_a)
+    arguments.check_arena(numels, u_b, planes_b)
+    tasks = len(planes_a) + len(planes_b)
+    u, planes = arguments.new_arena(u_a.numel(), tasks, u_a.dtype, _CPU)
     den = _C.merge(
         *_layout(numels),
         _addresses([u_a])[0],
@@ -215,9 +148,9 @@ def merge(
         _addresses([u_b])[0],
         _addresses(planes_b),
         _table(rescaler_b, len(planes_b), len(numels)),
-        _check_zero_sum(zero_sum),
+        arguments.check_zero_sum(zero_sum),
         u.data_ptr(),
-        _state_code(u.dtype),
+        arguments.state_code(u.dtype),
         _addresses(planes),
         torch.get_num_threads(),
     )
@@ -233,16 +166,16 @@ def decouple_(
     via: Sequence[int],
 ) -> None:
     numels = [t.numel() for t in out]
-    _check_arena(numels, u, [plane])
+    arguments.check_arena(numels, u, [plane])
     _C.decouple(
         *_layout(numels),
         _addresses([u])[0],
-        _state_code(u.dtype),
+        arguments.state_code(u.dtype),
         _addresses([plane]),
         _table(rescaler, 1, len(numels)),
         *_base(base, via, numels),
         _addresses(out)[None],
-        _dtypes(out)[None],
+        arguments.dtype_codes(out)[None],
         torch.get_num_threads(),
     )
 
@@ -252,7 +185,7 @@ def measure(model: Sequence[Tensor], base: Sequence[Tensor], via: Sequence[int])
     num = _C.measure(
         *_layout(numels),
         _addresses(model)[None],
-        _dtypes(model)[None],
+        arguments.dtype_codes(model)[None],
         *_base(base, via, numels),
         torch.get_num_threads(),
     )

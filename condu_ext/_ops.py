@@ -1,4 +1,4 @@
-"""The kernels as PyTorch operators ``torch.ops.condu.*``: schema, fake and CPU implementation.
+"""The kernels as PyTorch operators ``torch.ops.condu.*``: schema, fakes, kernels.
 
 They work on flat, contiguous tensors and arenas (:mod:`condu_ext.layout`) and are what
 ``torch.compile(fullgraph=True)`` sees; the API by name is :mod:`condu_ext.fusion`. Inputs and
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from condu_ext import _native
+from condu_ext import _C, _cuda, _native
 from condu_ext.layout import chunk_count, offsets
 
 _LIBRARY = Library("condu", "DEF")
@@ -114,6 +114,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, getattr(_native, _name), "CPU")
+    if _C.cuda_archs:
+        _LIBRARY.impl(_name, getattr(_cuda, _name), "CUDA")
     torch.library.register_fake(f"condu::{_name}", _FAKES[_name], lib=_LIBRARY)
 
 unify = torch.ops.condu.unify.default

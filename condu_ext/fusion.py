@@ -9,8 +9,8 @@ Common arguments:
     missing: ``"error"``, or ``"unchanged"`` to take a missing tensor as not fine-tuned.
     match_dtype: round θ_0 to the fine-tuned model's 16-bit dtype first where that is narrower;
         decoupling then starts from the rounded θ_0.
-    backend: None chooses by device; ``"cpu"``, ``"cuda"``, or ``"reference"`` (plain PyTorch). This
-        version has no CUDA kernels: on a GPU None means ``"reference"``.
+    backend: None chooses by device; ``"cpu"``, ``"cuda"``, or ``"reference"`` (plain PyTorch). On a
+        GPU for which no kernels were compiled None means ``"reference"``.
 
 Common errors: ``KeyError`` for a missing tensor or an unknown task, ``TypeError`` for tensors that
 cannot be fused (float64, quantised, sharded), ``ValueError`` for everything else; all name the task

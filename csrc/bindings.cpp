@@ -1,7 +1,5 @@
 // Python's view of the C interface: addresses and sizes as NumPy arrays, a status as an exception.
 // Only condu_ext/_native.py calls this; it has checked the tensors behind the addresses.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
@@ -9,19 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "condu_ext.h"
-
-namespace py = pybind11;
 
 namespace {
 
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-using Addresses = Array<uint64_t>;
-
 void raise_for(int status, const char* operation) {
-  static const char* const kReasons[] = {"", "null pointer", "bad argument", "out of memory",
-                                         "CUDA failed"};
+  static const char* const kReasons[] = {"", "null pointer", "bad argument", "out of memory"};
   if (status == CONDU_OK) return;
   if (status == CONDU_NO_MEMORY) throw std::bad_alloc();
   if (status == CONDU_BAD_ARGUMENT && !condu_cpu_isa()) {
@@ -29,12 +21,6 @@ void raise_for(int status, const char* operation) {
         "CONDU_CPU_ISA names no instruction set of this machine: use avx512, avx2 or baseline");
   }
   throw std::runtime_error(std::string(operation) + ": " + kReasons[status]);
-}
-
-template <class Pointer>
-Pointer pointers(const Addresses& addresses) {
-  static_assert(sizeof(void*) == sizeof(uint64_t), "64-bit only");
-  return reinterpret_cast<Pointer>(const_cast<uint64_t*>(addresses.data()));
 }
 
 struct Layout {
@@ -100,7 +86,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("version") = CONDU_VERSION;
 #ifdef CONDU_CUDA_ARCHS
   m.attr("cuda_archs") = CONDU_CUDA_ARCHS;
-  m.def("cuda_devices", &condu_cuda_devices, py::call_guard<py::gil_scoped_release>());
+  bind_cuda(m);
 #else
   m.attr("cuda_archs") = "";
   m.def("cuda_devices", [] { return 0; });

@@ -106,9 +106,6 @@ void condu_add_chunks(const condu_layout* layout, int64_t rows, const double* ch
 // environment variable CONDU_CPU_ISA forces one. Null if that names an unknown or missing one.
 const char* condu_cpu_isa(void);
 
-// Number of CUDA devices; 0 without a driver. Only in builds with CUDA.
-int condu_cuda_devices(void);
-
 #ifdef __cplusplus
 }
 #endif

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from emulated_cuda import compile_kernels, use
 from hypothesis import settings
 
 settings.register_profile("condu", deadline=None, derandomize=True, database=None)
@@ -36,3 +39,16 @@ def poisoned() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA kernels compiled for the CPU, once for all tests."""
+    return compile_kernels(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture
+def emulated(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The operators of condu_ext._cuda on CPU tensors."""
+    yield use(emulator, monkeypatch)
+    emulator.reverse(False)
