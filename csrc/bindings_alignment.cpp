@@ -32,6 +32,9 @@ void raise_for(int status, const char* operation) {
                                          "CUDA failed"};
   if (status == CONDU_OK) return;
   if (status == CONDU_NO_MEMORY) throw std::bad_alloc();
+  if (!condu_cpu_isa()) {
+    throw std::invalid_argument("CONDU_CPU_ISA names no instruction set of this machine");
+  }
   throw std::runtime_error(std::string(operation) + ": " + kReasons[status]);
 }
 

@@ -5,6 +5,7 @@
 
 #include "cpu/adapter.h"
 #include "cpu/shares.h"
+#include "cpu/vector_code.h"
 
 namespace condu {
 namespace {
@@ -17,7 +18,7 @@ int check_adapters(const condu_adapter* a, const condu_adapter* b, int threads) 
   for (int64_t k = 0; k < a->tensors; ++k) {
     if (a->numel[k] != b->numel[k]) return CONDU_BAD_ARGUMENT;
   }
-  return CONDU_OK;
+  return condu_cpu_isa() ? CONDU_OK : CONDU_BAD_ARGUMENT;
 }
 
 // Elements whose hits fit a 16-bit counter, which lets them be counted in lanes of their own width.
@@ -37,7 +38,7 @@ typename Format::Bits lowest_magnitude(float threshold) {
 }
 
 template <class From, class To>
-typename To::Bits convert(typename From::Bits bits) {
+CONDU_INLINED inline typename To::Bits convert(typename From::Bits bits) {
   if constexpr (std::is_same_v<From, To>) return bits;
   return To::narrow(From::widen(bits));
 }
@@ -46,9 +47,9 @@ typename To::Bits convert(typename From::Bits bits) {
 // product of the values would underflow, and a NaN, whose pattern is above infinity's, conflicts
 // with nothing.
 template <class Reference, class Current, bool kToReference>
-int64_t align(typename Current::Bits* __restrict__ current,
-              const typename Reference::Bits* __restrict__ reference, int64_t elements,
-              typename Reference::Bits lowest_bits) {
+CONDU_INLINED inline int64_t align(typename Current::Bits* __restrict__ current,
+                                   const typename Reference::Bits* __restrict__ reference,
+                                   int64_t elements, typename Reference::Bits lowest_bits) {
   using G = typename Reference::Signed;
   using W = typename Current::Signed;
   const G lowest = (G)lowest_bits;
@@ -76,8 +77,9 @@ int64_t align(typename Current::Bits* __restrict__ current,
 }
 
 template <class Reference, class Current>
-void average(typename Reference::Bits* __restrict__ reference,
-             const typename Current::Bits* __restrict__ current, int64_t elements, double weight) {
+CONDU_INLINED inline void average(typename Reference::Bits* __restrict__ reference,
+                                  const typename Current::Bits* __restrict__ current,
+                                  int64_t elements, double weight) {
   const float keeping = (float)weight, adding = (float)(1.0 - weight);
   for (int64_t j = 0; j < elements; ++j) {
     const float kept = keeping * float_of(Reference::widen(reference[j]));
@@ -97,6 +99,7 @@ extern "C" int condu_align(const condu_adapter* current, const condu_adapter* re
   if (int failed = check_adapters(current, reference, threads)) return failed;
   if (!conflicts || (current->tensors && !threshold)) return CONDU_NULL_POINTER;
 
+  const Vectors vectors = widest_vectors();
   std::vector<int64_t> found(threads);
   for_shares(current->tensors, current->numel, threads, [&](const Share& share) {
     const int64_t k = share.tensor;
@@ -104,10 +107,14 @@ extern "C" int condu_align(const condu_adapter* current, const condu_adapter* re
       with_format(current->dtype[k], [&](auto w) {
         using G = decltype(g);
         using W = decltype(w);
-        const auto kernel = to_reference ? align<G, W, true> : align<G, W, false>;
-        found[share.thread] += kernel(elements_at<W>(current, k, share.start),
-                                      elements_at<G>(reference, k, share.start), share.elements,
-                                      lowest_magnitude<G>(threshold[k]));
+        auto* w_at = elements_at<W>(current, k, share.start);
+        const auto* g_at = elements_at<G>(reference, k, share.start);
+        const auto lowest = lowest_magnitude<G>(threshold[k]);
+        int64_t& count = found[share.thread];
+        with_vectors(vectors, [&]() CONDU_INLINED {
+          count += to_reference ? align<G, W, true>(w_at, g_at, share.elements, lowest)
+                                : align<G, W, false>(w_at, g_at, share.elements, lowest);
+        });
       });
     });
   });
@@ -121,14 +128,17 @@ extern "C" int condu_align(const condu_adapter* current, const condu_adapter* re
 extern "C" int condu_average(const condu_adapter* reference, const condu_adapter* current,
                              double weight, int threads) {
   if (int failed = check_adapters(reference, current, threads)) return failed;
+  const Vectors vectors = widest_vectors();
   for_shares(reference->tensors, reference->numel, threads, [&](const Share& share) {
     const int64_t k = share.tensor;
     with_format(reference->dtype[k], [&](auto g) {
       with_format(current->dtype[k], [&](auto w) {
         using G = decltype(g);
         using W = decltype(w);
-        average<G, W>(elements_at<G>(reference, k, share.start),
-                      elements_at<W>(current, k, share.start), share.elements, weight);
+        auto* g_at = elements_at<G>(reference, k, share.start);
+        const auto* w_at = elements_at<W>(current, k, share.start);
+        with_vectors(vectors,
+                     [&]() CONDU_INLINED { average<G, W>(g_at, w_at, share.elements, weight); });
       });
     });
   });
