@@ -1,8 +1,8 @@
 // Aligning the current adapter with the reference, and averaging it into the reference: one pass
 // over memory each, by plain loops that the compiler turns into vector code.
-#include <type_traits>
 #include <vector>
 
+#include "alignment_rule.h"
 #include "cpu/adapter.h"
 #include "cpu/shares.h"
 #include "cpu/vector_code.h"
@@ -24,67 +24,33 @@ int check_adapters(const condu_adapter* a, const condu_adapter* b, int threads) 
 // Elements whose hits fit a 16-bit counter, which lets them be counted in lanes of their own width.
 constexpr int64_t kBlock = 16384;
 
-// The smallest magnitude of a format, other than zero, that reaches the threshold: zeros never
-// conflict. Above infinity's pattern if no magnitude does.
-template <class Format>
-typename Format::Bits lowest_magnitude(float threshold) {
-  uint32_t below = 0, reached = Format::kInfinity + 1u;  // NaN is reached by nothing
-  while (reached - below > 1) {
-    const uint32_t middle = (below + reached) / 2;
-    const bool reaches = float_of(Format::widen((typename Format::Bits)middle)) >= threshold;
-    (reaches ? reached : below) = middle;
-  }
-  return (typename Format::Bits)reached;
-}
-
-template <class From, class To>
-CONDU_INLINED inline typename To::Bits convert(typename From::Bits bits) {
-  if constexpr (std::is_same_v<From, To>) return bits;
-  return To::narrow(From::widen(bits));
-}
-
-// All by integers of the formats' own widths: patterns with the sign cleared, and the sign. The
-// product of the values would underflow, and a NaN, whose pattern is above infinity's, conflicts
-// with nothing.
-template <class Reference, class Current, bool kToReference>
-CONDU_INLINED inline int64_t align(typename Current::Bits* __restrict__ current,
-                                   const typename Reference::Bits* __restrict__ reference,
-                                   int64_t elements, typename Reference::Bits lowest_bits) {
-  using G = typename Reference::Signed;
-  using W = typename Current::Signed;
-  const G lowest = (G)lowest_bits;
+template <class G, class W, bool kToReference>
+CONDU_INLINED inline int64_t align(typename W::Bits* __restrict__ w,
+                                   const typename G::Bits* __restrict__ g, int64_t elements,
+                                   typename G::Bits lowest) {
   int64_t conflicts = 0;
   for (int64_t start = 0; start < elements; start += kBlock) {
     const int64_t end = elements - start < kBlock ? elements : start + kBlock;
-    W hits = 0;
+    typename W::Signed hits = 0;
     for (int64_t j = start; j < end; ++j) {
-      const G g = (G)reference[j];
-      const W w = (W)current[j];
-      const G g_magnitude = (G)(g & Reference::kMagnitude);
-      const W w_magnitude = (W)(w & Current::kMagnitude);
-      const bool conflict = (g_magnitude >= lowest) & (g_magnitude <= (G)Reference::kInfinity) &
-                            (w_magnitude > 0) & (w_magnitude <= (W)Current::kInfinity) &
-                            ((g < 0) != (w < 0));
-      const W all = (W)-conflict;
-      W value = 0;
-      if (kToReference) value = (W)convert<Reference, Current>(reference[j]);
-      current[j] = (typename Current::Bits)((value & all) | (w & ~all));
-      hits = (W)(hits + conflict);
+      const bool conflict = in_conflict<G, W>(g[j], w[j], lowest);
+      const auto all = (typename W::Bits)(0 - conflict);  // a mask of the value's own width
+      typename W::Bits value = 0;
+      if (kToReference) value = Converted<G, W>::of(g[j]);
+      w[j] = (typename W::Bits)((value & all) | (w[j] & ~all));
+      hits = (typename W::Signed)(hits + conflict);
     }
     conflicts += hits;
   }
   return conflicts;
 }
 
-template <class Reference, class Current>
-CONDU_INLINED inline void average(typename Reference::Bits* __restrict__ reference,
-                                  const typename Current::Bits* __restrict__ current,
-                                  int64_t elements, double weight) {
-  const float keeping = (float)weight, adding = (float)(1.0 - weight);
+template <class G, class W>
+CONDU_INLINED inline void average(typename G::Bits* __restrict__ g,
+                                  const typename W::Bits* __restrict__ w, int64_t elements,
+                                  Shares shares) {
   for (int64_t j = 0; j < elements; ++j) {
-    const float kept = keeping * float_of(Reference::widen(reference[j]));
-    const float added = adding * float_of(Current::widen(current[j]));
-    reference[j] = Reference::narrow(bits_of(kept + added));
+    g[j] = G::narrow(averaged(G::widen(g[j]), W::widen(w[j]), shares));
   }
 }
 
@@ -137,8 +103,9 @@ extern "C" int condu_average(const condu_adapter* reference, const condu_adapter
         using W = decltype(w);
         auto* g_at = elements_at<G>(reference, k, share.start);
         const auto* w_at = elements_at<W>(current, k, share.start);
+        const Shares shares = shares_of(weight);
         with_vectors(vectors,
-                     [&]() CONDU_INLINED { average<G, W>(g_at, w_at, share.elements, weight); });
+                     [&]() CONDU_INLINED { average<G, W>(g_at, w_at, share.elements, shares); });
       });
     });
   });
