@@ -1,33 +1,23 @@
-// Exact selection of the r-th largest magnitude by a radix search over bit patterns.
+// Exact selection of the r-th largest magnitude by the radix search of magnitude_digits.h.
 //
-// The 31 bits of a magnitude in fp32 are found from the top, 11 + 10 + 10: each stage counts, among
-// the values that share the bits found so far, how often each next digit occurs, and walks down
-// from the largest digit. Counts are integers, so the result depends on neither the order nor the
-// number of threads. No value is copied; the extra memory is 64 KiB a thread.
+// No value is copied; the extra memory is 64 KiB a thread.
 #include <limits>
 #include <new>
 #include <vector>
 
 #include "cpu/adapter.h"
 #include "cpu/shares.h"
+#include "magnitude_digits.h"
 
 namespace condu {
 namespace {
 
-constexpr int kDigits = 2048;  // of the first and widest stage
-constexpr int kBlock = 1024;   // elements widened at a time
+constexpr int kBlock = 1024;  // elements widened at a time
 // Equal digits often come one after another; neighbours are counted in different copies, so that an
 // increment need not wait for the one before it.
 constexpr int kCopies = 4;
 // From this size on all threads work on one tensor, below it each on its own.
 constexpr int64_t kLarge = 1 << 18;
-
-struct Stage {
-  int shift, bits;
-};
-constexpr Stage kStages[] = {{20, 11}, {10, 10}, {0, 10}};
-// Digits of the first stage that only infinity and NaN have.
-constexpr int kFirstNonFinite = Float32::kInfinity >> kStages[0].shift;
 
 struct Counts {
   uint64_t of[kCopies][kDigits] = {};
@@ -77,11 +67,9 @@ float select(const condu_adapter* adapter, int64_t first, int64_t last, int64_t 
   bool wide = false;
   for (int64_t k = first; k < last; ++k) wide |= adapter->dtype[k] == CONDU_F32;
   uint32_t found = 0;
-  for (const Stage& stage : kStages) {
-    if (!wide && !stage.shift) {  // 16-bit values are zero there
-      found <<= stage.bits;
-      break;
-    }
+  const int stages = wide ? (int)kStages : kStagesOf16Bits;
+  for (int s = 0; s < stages; ++s) {
+    const Stage stage = kStage[s];
     for_shares(last - first, adapter->numel + first, threads, [&](const Share& share) {
       const int64_t k = first + share.tensor;
       with_format(adapter->dtype[k], [&](auto format) {
@@ -92,7 +80,7 @@ float select(const condu_adapter* adapter, int64_t first, int64_t last, int64_t 
     });
     int64_t total[kDigits];
     add_counts(counts, threads, total);
-    if (&stage == kStages) {
+    if (s == 0) {
       for (int d = kFirstNonFinite; d < kDigits; ++d) {
         if (total[d]) return std::numeric_limits<float>::quiet_NaN();
       }
@@ -101,7 +89,7 @@ float select(const condu_adapter* adapter, int64_t first, int64_t last, int64_t 
     for (; total[d] < rank; --d) rank -= total[d];
     found = found << stage.bits | (uint32_t)d;
   }
-  return float_of(found);
+  return float_of(found << kStage[stages - 1].shift);
 }
 
 }  // namespace
