@@ -53,8 +53,6 @@ struct Align {
   unsigned long long* conflicts;
 };
 
-extern __shared__ __align__(16) unsigned char shared_memory[];
-
 // Integers: their sum does not depend on the order.
 CONDU_DEVICE void add_to_conflicts(unsigned long long* conflicts, int hits) {
   int* const of_warp = (int*)shared_memory;

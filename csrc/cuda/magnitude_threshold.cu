@@ -27,8 +27,6 @@ Searches searches_in(void* workspace, int64_t groups) {
   return {counts, (Search*)(counts + groups * kDigits)};
 }
 
-extern __shared__ __align__(16) unsigned char shared_memory[];
-
 // ---- begin -------------------------------------------------------------------------------------
 
 struct Begin {

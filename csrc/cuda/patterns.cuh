@@ -29,10 +29,10 @@ struct Pack {
     return make_uint4(word[0], word[1], word[2], word[3]);
   }
   __device__ __forceinline__ Bits get(int j) const {
-    return kShift ? (Bits)(word[j / 2] >> (kShift * (j & 1))) : (Bits)word[j];
+    return kShift != 0 ? (Bits)(word[j / 2] >> (kShift * (j & 1))) : (Bits)word[j];
   }
   __device__ __forceinline__ void put(int j, Bits bits) {
-    if (!kShift) {
+    if (kShift == 0) {
       word[j] = bits;
     } else {
       const int at = kShift * (j & 1);
