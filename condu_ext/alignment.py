@@ -149,9 +149,10 @@ class _Pair:
         self.sources = _all_present(found)
         self._written = [t for name, t in out.items() if name not in self.spec.fixed]
 
-    def parts(self) -> Iterable[tuple[torch.device, list[int]]]:
-        """Positions of the tensors on each device."""
-        return group_by_device(self.devices).items()
+    def parts(self, backend: str | None) -> list[tuple[torch.device, Any, list[int]]]:
+        """Kernels and positions of the tensors of each device, all known before one is written."""
+        groups = group_by_device(self.devices)
+        return [(device, _kernels(backend, device), index) for device, index in groups.items()]
 
     def read(self, index: Sequence[int]) -> list[Tensor]:
         return [self.spec.tensors[k].flatten(self.sources[k]) for k in index]
@@ -197,16 +198,10 @@ def align_(
     limits = _thresholds(pair, current, threshold)
     conflicts = []
     with torch.no_grad():
-        for device, index in pair.parts():
+        for _, kernels, index in pair.parts(backend):
             with pair.write(index) as flat:
-                conflicts.append(
-                    _kernels(backend, device).align_(
-                        flat,
-                        pair.read(index),
-                        torch.stack([limits[k] for k in index]),
-                        to == "global",
-                    )
-                )
+                own = torch.stack([limits[k] for k in index])
+                conflicts.append(kernels.align_(flat, pair.read(index), own, to == "global"))
         total = sum(t.numel() for t in pair.targets)
         counted = sum((c.to(pair.devices[0]) for c in conflicts[1:]), conflicts[0])
     pair.mark_written()
@@ -263,19 +258,18 @@ def average_(
     if not 0 <= weight <= 1:
         raise ValueError(f"weight must be in [0, 1], not {weight!r}")
     pair = _Pair(("reference", reference), ("current", current))
+    parts = pair.parts(backend)
     with torch.no_grad():
         if check:
-            for device, index in pair.parts():
-                kernels = kernels_for(backend, device)
+            for device, _, index in parts:
+                measure = kernels_for(backend, device).measure
                 entries = [pair.spec.tensors[k] for k in index]
                 for who, tensors in (("reference", pair.targets), ("current", pair.sources)):
                     flat = [e.flatten(tensors[k]) for e, k in zip(entries, index, strict=True)]
-                    sums = _native.add_chunks(
-                        [e.numel for e in entries], kernels.measure(flat, [], [])
-                    )
+                    sums = _native.add_chunks([e.numel for e in entries], measure(flat, [], []))
                     if not sums.isfinite().all():
                         _refuse_non_finite(who, [e.name for e in entries], flat)
-        for device, index in pair.parts():
+        for _, kernels, index in parts:
             with pair.write(index) as flat:
-                _kernels(backend, device).average_(flat, pair.read(index), float(weight))
+                kernels.average_(flat, pair.read(index), float(weight))
     pair.mark_written()
