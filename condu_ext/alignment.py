@@ -248,8 +248,8 @@ def average_(
     Args:
         reference: the global adapter g, written.
         current: the fine-tuned clone w.
-        weight: a, the share of g that stays, in [0, 1]; 1 − 1/t when the t-th task joins makes g the
-            mean of all.
+        weight: a, the share of g that stays, in [0, 1]; with 1 − 1/t when the t-th task joins, g is
+            the mean of all.
         check: read both adapters once more first, so that NaN or infinite values leave
             ``reference`` as it was. Without it they go into g by the rules of arithmetic.
 
