@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from condu_ext import _C
+from condu_ext.alignment import align_, average_, magnitude_threshold
 from condu_ext.decoupling import decouple, decouple_
 from condu_ext.fusion import absorb, absorb_, merge, unify
 from condu_ext.rule import FusionRule
@@ -24,9 +25,12 @@ __all__ = [
     "UnifiedDelta",
     "absorb",
     "absorb_",
+    "align_",
+    "average_",
     "build_info",
     "decouple",
     "decouple_",
+    "magnitude_threshold",
     "merge",
     "unify",
 ]

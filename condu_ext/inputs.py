@@ -173,8 +173,11 @@ def check_private(spec: ModelSpec, who: str, model: Model, missing: str) -> None
         raise KeyError(f"{who}: private tensor {absent[0]!r} is missing")
 
 
-def resolve(spec: ModelSpec, who: str, model: Model, missing: str) -> list[Tensor | None]:
+def resolve(
+    spec: ModelSpec, who: str, model: Model, missing: str, *, base: str = "the base"
+) -> list[Tensor | None]:
     """The tensors of ``model`` in the order of ``spec.tensors``; None where one may be missing.
+    ``base`` is what errors call the model that the spec describes.
 
     Raises:
         KeyError: a tensor is missing (under all its names), and ``missing`` is ``"error"``.
@@ -187,7 +190,7 @@ def resolve(spec: ModelSpec, who: str, model: Model, missing: str) -> list[Tenso
     for name, value in model.items():
         tensor = check_tensor(who, name, value)
         if name not in known and not is_private(name, spec.private):
-            raise ValueError(f"{who}: tensor {name!r} {tuple(tensor.shape)} is not in the base")
+            raise ValueError(f"{who}: tensor {name!r} {tuple(tensor.shape)} is not in {base}")
     result: list[Tensor | None] = []
     for entry in spec.tensors:
         given = [model[name] for name in spec.names_of(entry.name) if name in model]
@@ -206,8 +209,8 @@ def resolve(spec: ModelSpec, who: str, model: Model, missing: str) -> list[Tenso
             check_fusable(who, entry.name, other)
             if not _same_memory(tensor, other) and not torch.equal(tensor, other):
                 raise ValueError(
-                    f"{who}: {' and '.join(map(repr, spec.names_of(entry.name)))} are tied in the "
-                    "base but differ here"
+                    f"{who}: {' and '.join(map(repr, spec.names_of(entry.name)))} are tied in "
+                    f"{base} but differ here"
                 )
         result.append(tensor.detach())
     return result
@@ -247,7 +250,11 @@ def private_tensors(spec: ModelSpec, model: Model) -> dict[str, Tensor]:
 
 
 def check_devices(
-    spec: ModelSpec, who: str, tensors: list[Tensor | None], devices: list[torch.device]
+    spec: ModelSpec,
+    who: str,
+    tensors: list[Tensor | None],
+    devices: list[torch.device],
+    other: str = "the state's part for it",
 ) -> None:
     """Each tensor is where the other side's is.
 
@@ -258,7 +265,7 @@ def check_devices(
         if tensor is not None and tensor.device != device:
             raise ValueError(
                 f"{who}, tensor {entry.name!r}: is on {tensor.device}, "
-                f"but the state's part for it is on {device}; move one of them"
+                f"but {other} is on {device}; move one of them"
             )
 
 

@@ -1,4 +1,4 @@
-"""Tensors that a decoupled expert is written into: what is refused, and how they are reached."""
+"""Tensors that are written in place: what is refused, and how they are reached."""
 
 from __future__ import annotations
 
@@ -12,6 +12,55 @@ from condu_ext.inputs import Model, check_devices, find_shared
 from condu_ext.layout import ModelSpec, TensorSpec
 
 
+def check_targets(
+    spec: ModelSpec,
+    who: str,
+    out: Model,
+    targets: Sequence[Tensor],
+    kept: Mapping[str, Sequence[Tensor | None]],
+    others: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Refuse targets that cannot be written without harm; nothing has been written yet.
+
+    Args:
+        who: what errors call ``out``.
+        targets: the tensors of ``out``, in the order of the spec.
+        kept: what must survive, by what errors call it.
+        others: further tensors of ``out`` that are written.
+
+    Raises:
+        RuntimeError: a leaf that requires grad, outside ``torch.no_grad()``.
+        ValueError: an expanded tensor, one that shares memory with another or with what must
+            survive, or one that is tied in the spec and not in ``out``.
+    """
+    if torch.is_grad_enabled():
+        for name, tensor in out.items():
+            root = tensor._base if tensor._base is not None else tensor  # of a view
+            if root.requires_grad and root.is_leaf:
+                raise RuntimeError(
+                    f"{who}, tensor {name!r}: a leaf that requires grad can only be written inside "
+                    "torch.no_grad()"
+                )
+    written = {entry.name: t for entry, t in zip(spec.tensors, targets, strict=True)}
+    for name, tensor in written.items():
+        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(f"{who}, tensor {name!r}: is expanded, its elements share memory")
+    for entry in spec.tensors:
+        for name in spec.names_of(entry.name):
+            if name in out and out[name].data_ptr() != written[entry.name].data_ptr():
+                raise ValueError(f"{who}: {entry.name!r} is tied in the state, but not here")
+    named = [(f"{who}, tensor {name!r}", tensor) for name, tensor in written.items()]
+    if shared := find_shared(
+        [*named, *((f"{who}, tensor {n!r}", t) for n, t in (others or {}).items())]
+    ):
+        raise ValueError(f"{shared[0]}: shares memory with {shared[1]}, but they are not tied")
+    for what, tensors in kept.items():
+        occupied = [(what, tensor) for tensor in tensors if tensor is not None and tensor.numel()]
+        if shared := find_shared([*named, *occupied]):
+            target = next(name for name in shared if name != what)
+            raise ValueError(f"{target}: shares memory with {what}, which must survive; use a copy")
+
+
 def check_writable(
     spec: ModelSpec,
     out: Model,
@@ -21,40 +70,20 @@ def check_writable(
     devices: Sequence[torch.device],
     arenas: Sequence[Tensor],
 ) -> None:
-    """Refuse targets that cannot be written without harm; nothing has been written yet.
+    """:func:`check_targets` of an expert: its fused and its private tensors.
 
     Raises:
-        RuntimeError: a leaf that requires grad, outside ``torch.no_grad()``.
         KeyError: a private tensor of the task has no place in ``out``.
-        ValueError: an expanded tensor, one that shares memory with another, with ``pretrained`` or
-            with the state, another shape or device.
+        ValueError: a private tensor's place has another shape or dtype; a target is elsewhere.
     """
-    if torch.is_grad_enabled():
-        for name, tensor in out.items():
-            root = tensor._base if tensor._base is not None else tensor  # of a view
-            if root.requires_grad and root.is_leaf:
-                raise RuntimeError(
-                    f"out, tensor {name!r}: a leaf that requires grad can only be written inside "
-                    "torch.no_grad()"
-                )
-    written = {entry.name: t for entry, t in zip(spec.tensors, targets, strict=True)}
-    for name, tensor in written.items():
-        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
-            raise ValueError(f"out, tensor {name!r}: is expanded, its elements share memory")
-    for entry in spec.tensors:
-        for name in spec.names_of(entry.name):
-            if name in out and out[name].data_ptr() != written[entry.name].data_ptr():
-                raise ValueError(f"out: {entry.name!r} is tied in the state, but not here")
-    named = [(f"out, tensor {name!r}", tensor) for name, tensor in written.items()]
-    if shared := find_shared(
-        [*named, *((f"out, tensor {n!r}", out[n]) for n in private if n in out)]
-    ):
-        raise ValueError(f"{shared[0]}: shares memory with {shared[1]}, but they are not tied")
-    for what, tensors in (("pretrained", base), ("the state", arenas)):
-        kept = [(what, tensor) for tensor in tensors if tensor is not None and tensor.numel()]
-        if shared := find_shared([*named, *kept]):
-            target = next(name for name in shared if name != what)
-            raise ValueError(f"{target}: shares memory with {what}, which must survive; use a copy")
+    check_targets(
+        spec,
+        "out",
+        out,
+        targets,
+        {"pretrained": base, "the state": arenas},
+        {name: out[name] for name in private if name in out},
+    )
     check_devices(spec, "out", list(targets), list(devices))
     for name, tensor in private.items():
         if name not in out:

@@ -81,6 +81,8 @@ Array<double> sums_for(const Layout& layout, int64_t rows) {
 
 }  // namespace
 
+void bind_alignment(py::module_& m);  // bindings_alignment.cpp
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Fusion kernels; see csrc/condu_ext.h";
   m.attr("version") = CONDU_VERSION;
@@ -225,4 +227,6 @@ PYBIND11_MODULE(_C, m) {
     condu_add_chunks(&layout.view, chunk_sums.shape(0), chunk_sums.data(), sums.mutable_data());
     return sums;
   });
+
+  bind_alignment(m);
 }

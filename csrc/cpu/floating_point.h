@@ -1,13 +1,16 @@
-// The floating-point mode that the kernels compute in.
+// The floating-point mode in which kernels compute, whatever the process has set.
 #pragma once
 #include <stdint.h>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace condu {
+namespace {
 
-// Round to nearest and keep subnormals, whatever the process has set, while in scope.
+// Round to nearest and keep subnormals while in scope. The mode belongs to a thread: every worker
+// needs its own.
 class DefaultFloatingPoint {
  public:
 #if defined(__x86_64__)
@@ -29,4 +32,5 @@ class DefaultFloatingPoint {
 #endif
 };
 
+}  // namespace
 }  // namespace condu

@@ -1,0 +1,92 @@
+// Python's view of alignment.h: addresses, sizes and dtypes as NumPy arrays, a status as an
+// exception. Only condu_ext/_alignment_ops.py calls this; it has checked the tensors.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "alignment.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+struct Adapter {
+  Adapter(const Array<int64_t>& numel, const Array<uint64_t>& data, const Array<uint8_t>& dtype)
+      : view{numel.size(), numel.data(),
+             reinterpret_cast<void* const*>(const_cast<uint64_t*>(data.data())), dtype.data()} {
+    static_assert(sizeof(void*) == sizeof(uint64_t), "64-bit only");
+    if (data.size() != numel.size() || dtype.size() != numel.size()) {
+      throw std::invalid_argument("sizes, addresses and dtypes of an adapter differ in number");
+    }
+  }
+  condu_adapter view;
+};
+
+void raise_for(int status, const char* operation) {
+  static const char* const kReasons[] = {"", "null pointer", "bad argument", "out of memory",
+                                         "CUDA failed"};
+  if (status == CONDU_OK) return;
+  if (status == CONDU_NO_MEMORY) throw std::bad_alloc();
+  if (!condu_cpu_isa()) {
+    throw std::invalid_argument("CONDU_CPU_ISA names no instruction set of this machine");
+  }
+  throw std::runtime_error(std::string(operation) + ": " + kReasons[status]);
+}
+
+}  // namespace
+
+void bind_alignment(py::module_& m) {
+  m.def("magnitude_threshold",
+        [](const Array<int64_t>& numel, const Array<uint64_t>& data, const Array<uint8_t>& dtype,
+           const Array<int64_t>& ranks, bool joint, int threads) {
+          const Adapter reference(numel, data, dtype);
+          if (ranks.size() != (joint ? 1 : numel.size())) {
+            throw std::invalid_argument("one rank a tensor, or one for all");
+          }
+          Array<float> threshold(ranks.size());
+          float* out = threshold.mutable_data();
+          int status;
+          {
+            py::gil_scoped_release release;
+            status = condu_magnitude_threshold(&reference.view, joint, ranks.data(), out, threads);
+          }
+          raise_for(status, "magnitude_threshold");
+          return threshold;
+        });
+
+  m.def("align", [](const Array<int64_t>& numel, const Array<uint64_t>& current_data,
+                    const Array<uint8_t>& current_dtype, const Array<uint64_t>& reference_data,
+                    const Array<uint8_t>& reference_dtype, const Array<float>& threshold,
+                    bool to_reference, int threads) {
+    const Adapter current(numel, current_data, current_dtype);
+    const Adapter reference(numel, reference_data, reference_dtype);
+    if (threshold.size() != numel.size()) throw std::invalid_argument("one threshold a tensor");
+    int64_t conflicts = 0;
+    int status;
+    {
+      py::gil_scoped_release release;
+      status = condu_align(&current.view, &reference.view, threshold.data(), to_reference,
+                           &conflicts, threads);
+    }
+    raise_for(status, "align");
+    return conflicts;
+  });
+
+  m.def("average", [](const Array<int64_t>& numel, const Array<uint64_t>& reference_data,
+                      const Array<uint8_t>& reference_dtype, const Array<uint64_t>& current_data,
+                      const Array<uint8_t>& current_dtype, double weight, int threads) {
+    const Adapter reference(numel, reference_data, reference_dtype);
+    const Adapter current(numel, current_data, current_dtype);
+    int status;
+    {
+      py::gil_scoped_release release;
+      status = condu_average(&reference.view, &current.view, weight, threads);
+    }
+    raise_for(status, "average");
+  });
+}
