@@ -122,3 +122,25 @@ def new_arena(
     """Memory for a unified delta and the planes of ``tasks`` masks; the kernels fill it."""
     planes = [torch.empty(size // 8, dtype=torch.uint8, device=device) for _ in range(tasks)]
     return torch.empty(size, dtype=dtype, device=device), planes
+
+
+def check_ranks(numels: Sequence[int], ranks: Sequence[int]) -> bool:
+    """Whether the tensors are taken together: one rank for several. ValueError unless there is one
+    rank a tensor, or one, each within the number of elements."""
+    if len(ranks) not in (1, len(numels)):
+        raise ValueError(f"{len(ranks)} ranks for {len(numels)} tensors: give one each, or one")
+    joint = len(ranks) != len(numels)
+    for rank, count in zip(ranks, [sum(numels)] if joint else numels, strict=True):
+        if not 0 <= rank <= count:
+            raise ValueError(f"rank {rank} of {count} elements")
+    return joint
+
+
+def check_thresholds(threshold: Tensor, tensors: int) -> Tensor:
+    """Thresholds as a contiguous float32 tensor [tensors], else ValueError."""
+    if threshold.dtype != torch.float32 or threshold.shape != (tensors,):
+        raise ValueError(
+            f"threshold is {threshold.dtype} {tuple(threshold.shape)}, "
+            f"expected float32 ({tensors},)"
+        )
+    return threshold.contiguous()

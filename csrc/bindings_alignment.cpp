@@ -1,25 +1,16 @@
 // Python's view of alignment.h: addresses, sizes and dtypes as NumPy arrays, a status as an
 // exception. Only condu_ext/_alignment_ops.py calls this; it has checked the tensors.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
 #include <stdexcept>
 #include <string>
 
 #include "alignment.h"
-
-namespace py = pybind11;
+#include "bindings.h"
 
 namespace {
 
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-
 struct Adapter {
-  Adapter(const Array<int64_t>& numel, const Array<uint64_t>& data, const Array<uint8_t>& dtype)
-      : view{numel.size(), numel.data(),
-             reinterpret_cast<void* const*>(const_cast<uint64_t*>(data.data())), dtype.data()} {
-    static_assert(sizeof(void*) == sizeof(uint64_t), "64-bit only");
+  Adapter(const Array<int64_t>& numel, const Addresses& data, const Array<uint8_t>& dtype)
+      : view{numel.size(), numel.data(), pointers<void* const*>(data), dtype.data()} {
     if (data.size() != numel.size() || dtype.size() != numel.size()) {
       throw std::invalid_argument("sizes, addresses and dtypes of an adapter differ in number");
     }
@@ -28,8 +19,7 @@ struct Adapter {
 };
 
 void raise_for(int status, const char* operation) {
-  static const char* const kReasons[] = {"", "null pointer", "bad argument", "out of memory",
-                                         "CUDA failed"};
+  static const char* const kReasons[] = {"", "null pointer", "bad argument", "out of memory"};
   if (status == CONDU_OK) return;
   if (status == CONDU_NO_MEMORY) throw std::bad_alloc();
   if (!condu_cpu_isa()) {
@@ -42,7 +32,7 @@ void raise_for(int status, const char* operation) {
 
 void bind_alignment(py::module_& m) {
   m.def("magnitude_threshold",
-        [](const Array<int64_t>& numel, const Array<uint64_t>& data, const Array<uint8_t>& dtype,
+        [](const Array<int64_t>& numel, const Addresses& data, const Array<uint8_t>& dtype,
            const Array<int64_t>& ranks, bool joint, int threads) {
           const Adapter reference(numel, data, dtype);
           if (ranks.size() != (joint ? 1 : numel.size())) {
@@ -59,8 +49,8 @@ void bind_alignment(py::module_& m) {
           return threshold;
         });
 
-  m.def("align", [](const Array<int64_t>& numel, const Array<uint64_t>& current_data,
-                    const Array<uint8_t>& current_dtype, const Array<uint64_t>& reference_data,
+  m.def("align", [](const Array<int64_t>& numel, const Addresses& current_data,
+                    const Array<uint8_t>& current_dtype, const Addresses& reference_data,
                     const Array<uint8_t>& reference_dtype, const Array<float>& threshold,
                     bool to_reference, int threads) {
     const Adapter current(numel, current_data, current_dtype);
@@ -77,8 +67,8 @@ void bind_alignment(py::module_& m) {
     return conflicts;
   });
 
-  m.def("average", [](const Array<int64_t>& numel, const Array<uint64_t>& reference_data,
-                      const Array<uint8_t>& reference_dtype, const Array<uint64_t>& current_data,
+  m.def("average", [](const Array<int64_t>& numel, const Addresses& reference_data,
+                      const Array<uint8_t>& reference_dtype, const Addresses& current_data,
                       const Array<uint8_t>& current_dtype, double weight, int threads) {
     const Adapter reference(numel, reference_data, reference_dtype);
     const Adapter current(numel, current_data, current_dtype);

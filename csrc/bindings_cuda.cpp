@@ -9,6 +9,7 @@
 
 #include "bindings.h"
 #include "condu_cuda.h"
+#include "condu_cuda_alignment.h"
 
 namespace {
 
@@ -119,5 +120,26 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_measure", [](const Place& place, const Work& work, bool has_base, uint64_t sums) {
     run("measure",
         [&] { return condu_cuda_measure(&place.view, &work.view, has_base, at<double*>(sums)); });
+  });
+
+  m.def("cuda_threshold_workspace", &condu_cuda_threshold_workspace);
+  m.def("cuda_magnitude_threshold",
+        [](const Place& place, const Work& work, bool joint, uint64_t ranks, uint64_t threshold) {
+          run("magnitude_threshold", [&] {
+            return condu_cuda_magnitude_threshold(&place.view, &work.view, joint,
+                                                  at<const int64_t*>(ranks), at<float*>(threshold));
+          });
+        });
+
+  m.def("cuda_align", [](const Place& place, const Work& work, uint64_t threshold,
+                         bool to_reference, uint64_t conflicts) {
+    run("align", [&] {
+      return condu_cuda_align(&place.view, &work.view, at<const float*>(threshold), to_reference,
+                              at<uint64_t*>(conflicts));
+    });
+  });
+
+  m.def("cuda_average", [](const Place& place, const Work& work, double weight) {
+    run("average", [&] { return condu_cuda_average(&place.view, &work.view, weight); });
   });
 }

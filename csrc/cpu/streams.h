@@ -9,7 +9,8 @@ namespace {
 
 #define CONDU_RARE static __attribute__((noinline))
 
-// How far ahead a stream is asked for, in bytes: far where there are few, near where there are many.
+// How far ahead a stream is asked for, in bytes: far where there are few, near where there are
+// many.
 enum { kFar = 2048, kNear = 512 };
 
 CONDU_INLINE void prefetch(const void* p, int64_t bytes) {

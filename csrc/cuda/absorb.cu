@@ -48,7 +48,7 @@ struct Joined {
     Elected flag[8];
     for (int j = 7; j >= 0; --j) {
       const float total = __fadd_rn(__fmul_rn(old[j], of.S[j]), d[j]);
-      flag[j] = elect(total, zero_sum == CONDU_NEGATIVE);
+      flag[j] = elect(total, tie_for(zero_sum == CONDU_NEGATIVE));
       const float before = agreeing<false>(old[j], flag[j]), now = agreeing<false>(d[j], flag[j]);
       const float best = fmaxf(now, fmaxf(__fmul_rn(before, of.X[j]), 0.0f));
       kept = append_above_zero(kept, before);

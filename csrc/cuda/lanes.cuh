@@ -6,12 +6,10 @@
 CONDU_DEVICE bool above_zero(float a) { return a > 0.0f; }
 CONDU_DEVICE bool below_zero(float a) { return a < 0.0f; }
 CONDU_DEVICE bool either(bool a, bool b) { return a | b; }
-CONDU_DEVICE bool both(bool a, bool b) { return a & b; }
-CONDU_DEVICE bool complement(bool a) { return !a; }
-CONDU_DEVICE float sign_where(bool m) { return m ? -0.0f : 0.0f; }
-CONDU_DEVICE float flip(float a, float sign) {
-  return __int_as_float(__float_as_int(a) ^ __float_as_int(sign));
+CONDU_DEVICE float negate_unless(float a, float sign) {
+  return __int_as_float(__float_as_int(a) ^ (~__float_as_int(sign) & (int)0x80000000));
 }
+CONDU_DEVICE float without_negative_zero(float a) { return __fadd_rn(a, 0.0f); }
 CONDU_DEVICE float keep(bool m, float a) { return m ? a : 0.0f; }
 
 #include "election.h"

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(Merge m) {
     Elected flag[8];
     for (int j = 7; j >= 0; --j) {
       const float total = __fadd_rn(__fmul_rn(u_a[j], of_a.S[j]), __fmul_rn(u_b[j], of_b.S[j]));
-      flag[j] = elect(total, m.zero_sum == CONDU_NEGATIVE);
+      flag[j] = elect(total, tie_for(m.zero_sum == CONDU_NEGATIVE));
       const float seen_a = agreeing<false>(u_a[j], flag[j]);
       const float seen_b = agreeing<false>(u_b[j], flag[j]);
       const float best =

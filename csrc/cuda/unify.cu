@@ -50,7 +50,7 @@ struct Election {
   uint32_t counts = 0xf;  // bits of the elements at which a sign was elected
   __device__ __forceinline__ Election(const float* total, int zero_sum) {
     for (int j = 0; j < 4; ++j) {
-      flag[j] = elect(total[j], zero_sum == CONDU_NEGATIVE);
+      flag[j] = elect(total[j], tie_for(zero_sum == CONDU_NEGATIVE));
       best[j] = 0.0f;
       if (zero_sum == CONDU_ZERO && !flag[j].valid) counts &= ~(1u << j);
     }
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, kCapacity <= 4 ? 3 : 2) unify_few(Un
         }
       }
       Election election(total, a.zero_sum);
-      for (int j = 0; j < 4; ++j) settle(election.flag[j].sign);
+      for (int j = 0; j < 4; ++j) settle(election.flag[j].opposite);
 #pragma unroll
       for (int t = 0; t < kCapacity; ++t) {
         if (t >= T) continue;

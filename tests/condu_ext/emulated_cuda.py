@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from condu_ext import _cuda, _tables
+from condu_ext import _alignment_cuda, _cuda, _tables
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent / "cuda_on_cpu"
@@ -74,6 +74,7 @@ def use(module: ModuleType, patch: pytest.MonkeyPatch) -> Any:
     """condu_ext._cuda on CPU tensors, its kernels emulated."""
     patch.setattr(_tables, "_C", module)
     patch.setattr(_cuda, "_C", module)
+    patch.setattr(_alignment_cuda, "_C", module)
     patch.setattr(_tables, "upload", upload)
     patch.setattr(_tables, "is_capturing", lambda device: False)
     patch.setattr(_tables, "TABLES", _tables.TableCache())

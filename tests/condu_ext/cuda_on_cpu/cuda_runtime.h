@@ -76,11 +76,21 @@ static inline void aligned_store(T* p, T value) {
     aligned_store(p, value);               \
   }
 CACHE_KINDS_OF_LOADS(__ldg)
+CACHE_KINDS_OF_LOADS(__ldcg)
 CACHE_KINDS_OF_LOADS(__ldcs)
+CACHE_KINDS_OF_STORES(__stcg)
 CACHE_KINDS_OF_STORES(__stcs)
 
 #define __builtin_assume(condition) ((void)(condition))
 static inline bool __isGlobal(const void*) { return true; }
+
+// Threads run one at a time, so any addition is atomic.
+template <class T>
+static inline T atomicAdd(T* p, T value) {
+  const T before = aligned_load(p);
+  *p = before + value;
+  return before;
+}
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
