@@ -40,7 +40,7 @@ CONDU_INLINE void absorb_blocks(const AbsorbChunk& chunk) {
       Lanes S[kVectors], X[kVectors], moved[kVectors], stored[kVectors], size[kVectors];
       Mask joins[kVectors];
       gather(turned, T, work.tables, s, S, X);
-      for (int v = 0; v < kVectors; ++v) {
+      CONDU_UNROLL for (int v = 0; v < kVectors; ++v) {
         const Lanes u = load_unified<kBf16>(c.old_u, i + kLanes * v);
         const Lanes d = load_delta<kKind>(model, base, at + kLanes * v);
         const Flag<Lanes, Mask> flag = elect(u * S[v] + d, tie);
@@ -103,7 +103,7 @@ CONDU_INLINE void merge_blocks(const MergeChunk& chunk) {
       Lanes size_a[kVectors], size_b[kVectors];
       gather(turned_a, c.a.tasks, tables_a, s, Sa, Xa);
       gather(turned_b, c.b.tasks, tables_b, s, Sb, Xb);
-      for (int v = 0; v < kVectors; ++v) {
+      CONDU_UNROLL for (int v = 0; v < kVectors; ++v) {
         const Lanes ua = load_unified<kBf16>(c.a_u, i + kLanes * v);
         const Lanes ub = load_unified<kBf16>(c.b_u, i + kLanes * v);
         const Flag<Lanes, Mask> flag = elect(ua * Sa[v] + ub * Sb[v], tie);

@@ -11,7 +11,7 @@ template <int kKind, bool kBf16>
 CONDU_INLINE void decouple_vectors(const DecoupleChunk& c, Stream base, void* out, int64_t i,
                                    int64_t at, bool past_cache) {
   const Lanes rescaler = splat(c.rescaler);
-  for (int v = 0; v < kVectors; ++v) {
+  CONDU_UNROLL for (int v = 0; v < kVectors; ++v) {
     const int64_t e = at + kLanes * v;
     const Lanes start = base.data ? load<kKind>(base, e) : splat(0.0f);
     const Lanes moved = start + rescaler * load_unified<kBf16>(c.u, i + kLanes * v);
@@ -45,7 +45,7 @@ void measure_chunk(const MeasureChunk& c) {
       const Stream model = whole ? c.model : pad(c.model, i, c.elements, c.work.padded);
       const Stream base = whole ? c.base : pad(c.base, i, c.elements, c.work.padded + 4 * kStep);
       Lanes moved[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
+      CONDU_UNROLL for (int v = 0; v < kVectors; ++v) {
         moved[v] = magnitude(load_delta<kMixed>(model, base, (whole ? i : 0) + kLanes * v));
       }
       add_step(c.work, 0, s, moved);

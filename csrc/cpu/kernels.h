@@ -18,6 +18,9 @@ enum {
   kLine = kBlock / 8,         // bytes of a cache line
 };
 
+// Loops over vectors become straight code: left as loops they index arrays of vectors in memory.
+#define CONDU_UNROLL _Pragma("GCC unroll 4")
+
 // One contiguous tensor, from the chunk's first element on.
 struct Stream {
   const void* data;  // null: absent (a base of zeros)

@@ -84,15 +84,38 @@ CONDU_INLINE Lanes choose(Mask m, Lanes yes, Lanes no) {
 // Sums start at +0 and their terms are never -0, so adding +0 is the same as not adding.
 CONDU_INLINE Lanes add_where(Lanes sum, Mask m, Lanes a) { return sum + keep(m, a); }
 
-// Eight planes' lines; a step's bits are turned when they are used.
+// Mask bits of eight planes, so turned that one vector holds them for 32 elements.
 struct Turned {
-  const uint8_t* lines;
+  __m256i half[2 * kSteps];  // 32-bit lane t: plane t
 };
-CONDU_INLINE Turned turn_lines(const uint8_t* lines) { return {lines}; }
+CONDU_INLINE __m256i interleave(__m256i a, __m256i b, bool high) {
+  return high ? _mm256_unpackhi_epi32(a, b) : _mm256_unpacklo_epi32(a, b);
+}
+CONDU_INLINE Turned turn_lines(const uint8_t* lines) {
+  Turned r;
+  for (int part = 0; part < 2; ++part) {  // of a line
+    __m256i a[8], b[8];
+    for (int t = 0; t < 8; ++t) {
+      a[t] = _mm256_load_si256((const __m256i*)(lines + t * kLine + 32 * part));
+    }
+    for (int t = 0; t < 8; t += 4) {  // dwords 0 and 1, 2 and 3 of each quarter, of four planes
+      for (int h = 0; h < 2; ++h) {
+        const __m256i low = interleave(a[t], a[t + 1], h), high = interleave(a[t + 2], a[t + 3], h);
+        b[t + 2 * h] = _mm256_unpacklo_epi64(low, high);
+        b[t + 2 * h + 1] = _mm256_unpackhi_epi64(low, high);
+      }
+    }
+    for (int d = 0; d < 4; ++d) {
+      r.half[8 * part + d] = _mm256_permute2x128_si256(b[d], b[4 + d], 0x20);
+      r.half[8 * part + 4 + d] = _mm256_permute2x128_si256(b[d], b[4 + d], 0x31);
+    }
+  }
+  return r;
+}
 
 // For each of a step's elements a byte with the bits of eight tasks.
 struct Pattern {
-  alignas(32) uint8_t bytes[64];
+  alignas(32) uint8_t bytes[kStep];
 };
 CONDU_INLINE __m256i swap_bits(__m256i x, int shift, int64_t low) {
   const __m256i moved =
@@ -104,15 +127,11 @@ CONDU_INLINE __m256i swap_bits(__m256i x, int shift, int64_t low) {
 CONDU_INLINE Pattern load_pattern(const Turned* turned, int s) {
   const __m256i by_byte = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  const __m256i interleave = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i by_matrix = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   Pattern pattern;
   for (int half = 0; half < 2; ++half) {
-    alignas(32) uint8_t rows[8][4];
-    for (int t = 0; t < 8; ++t) {
-      __builtin_memcpy(rows[t], turned->lines + t * kLine + 8 * s + 4 * half, 4);
-    }
-    __m256i x = _mm256_load_si256((const __m256i*)rows);
-    x = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(x, by_byte), interleave);
+    __m256i x = _mm256_shuffle_epi8(turned->half[2 * s + half], by_byte);
+    x = _mm256_permutevar8x32_epi32(x, by_matrix);
     x = swap_bits(x, 7, 0x00aa00aa00aa00aa);
     x = swap_bits(x, 14, 0x0000cccc0000cccc);
     x = swap_bits(x, 28, 0x00000000f0f0f0f0);
@@ -120,18 +139,25 @@ CONDU_INLINE Pattern load_pattern(const Turned* turned, int s) {
   }
   return pattern;
 }
-CONDU_INLINE __m256 lookup_half(const float* table, const uint8_t* bytes, int half) {
+
+CONDU_INLINE int place_of_sum(int bits) { return bits; }
+CONDU_INLINE int place_of_maximum(int bits) { return 16 + bits; }
+// A permutation knows eight entries, those of three tasks; the fourth task is added to them, which
+// is the order of the sum.
+CONDU_INLINE void look_up_eight(const float* tables, const uint8_t* bytes, int half, __m256* sum,
+                                __m256* largest) {
   const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
-  const __m256i i = _mm256_srli_epi32(wide, 4 * half);  // the low three bits count, and bit 3:
-  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), i);
-  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), i);
-  const __m256i upper = _mm256_slli_epi32(wide, 28 - 4 * half);
-  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(upper));
+  const __m256i i = _mm256_srli_epi32(wide, 4 * half);  // the low three bits count
+  const __m256i fourth = _mm256_srai_epi32(_mm256_slli_epi32(wide, 28 - 4 * half), 31);
+  const __m256 last = _mm256_and_ps(_mm256_castsi256_ps(fourth), _mm256_set1_ps(tables[8]));
+  *sum = _mm256_add_ps(_mm256_permutevar8x32_ps(_mm256_load_ps(tables), i), last);
+  *largest = _mm256_max_ps(_mm256_permutevar8x32_ps(_mm256_load_ps(tables + 16), i), last);
 }
-// table[four bits of each lane of vector v]: of the first four tasks (half 0) or the others.
-CONDU_INLINE Lanes lookup(const float* table, const Pattern& p, int v, int half) {
-  return {lookup_half(table, p.bytes + 16 * v, half),
-          lookup_half(table, p.bytes + 16 * v + 8, half)};
+// A group's entries for the lanes of vector v: the first four tasks' (half 0) or the others'.
+CONDU_INLINE void look_up(const float* tables, const Pattern& p, int v, int half, Lanes* sum,
+                          Lanes* largest) {
+  look_up_eight(tables, p.bytes + kLanes * v, half, &sum->lo, &largest->lo);
+  look_up_eight(tables, p.bytes + kLanes * v + 8, half, &sum->hi, &largest->hi);
 }
 
 CONDU_INLINE Lanes load_f32(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

@@ -110,11 +110,15 @@ CONDU_INLINE Pattern load_pattern(const Turned* turned, int s) {
   const __m512i bits = _mm512_gf2p8affine_epi64_epi8(units, matrix, 0);
   return {_mm512_permutexvar_epi8(_mm512_load_si512(kByLane), bits)};
 }
-// table[four bits of each lane of vector v]: of the first four tasks (half 0) or the others.
-CONDU_INLINE Lanes lookup(const float* table, Pattern p, int v, int half) {
+CONDU_INLINE int place_of_sum(int bits) { return bits; }
+CONDU_INLINE int place_of_maximum(int bits) { return 16 + bits; }
+// A group's entries for the lanes of vector v: the first four tasks' (half 0) or the others'.
+CONDU_INLINE void look_up(const float* tables, Pattern p, int v, int half, Lanes* sum,
+                          Lanes* largest) {
   const __m512i i =
       _mm512_srli_epi32(p.v, (unsigned)(8 * v + 4 * half));  // the low four bits count
-  return {_mm512_permutexvar_ps(i, _mm512_load_ps(table))};
+  *sum = {_mm512_permutexvar_ps(i, _mm512_load_ps(tables))};
+  *largest = {_mm512_permutexvar_ps(i, _mm512_load_ps(tables + 16))};
 }
 
 CONDU_INLINE Lanes load_f32(const float* p) { return {_mm512_loadu_ps(p)}; }

@@ -22,12 +22,10 @@ struct Mask {
   I4 v[4];  // all ones or all zeros in each lane
 };
 
-#define CONDU_EACH(result, expression) \
-  do {                                 \
-    for (int q = 0; q < 4; ++q) {      \
-      (result).v[q] = (expression);    \
-    }                                  \
-    return (result);                   \
+#define CONDU_EACH(result, expression)                                         \
+  do {                                                                         \
+    CONDU_UNROLL for (int q = 0; q < 4; ++q) { (result).v[q] = (expression); } \
+    return (result);                                                           \
   } while (0)
 
 CONDU_INLINE Lanes splat(float x) {
@@ -123,36 +121,52 @@ struct Turned {
 };
 CONDU_INLINE Turned turn_lines(const uint8_t* lines) { return {lines}; }
 
-// For each of a step's elements a byte with the bits of eight tasks.
+// For each of a step's elements a byte with the bits of eight tasks: byte 8 i + b is element 8 b +
+// i.
 struct Pattern {
-  uint8_t bytes[64];
+  uint8_t bytes[kStep];
 };
-CONDU_INLINE uint64_t swap_bits(uint64_t x, int shift, uint64_t low) {
-  const uint64_t moved = (x ^ (x >> shift)) & low;
-  return x ^ moved ^ (moved << shift);
+// Three rounds of swaps between the planes' words of 64 bits: a transposition of 8x8 bits for each
+// byte of the words.
+CONDU_INLINE void swap_bits(uint64_t* a, uint64_t* b, int shift, uint64_t low) {
+  const uint64_t moved = ((*a >> shift) ^ *b) & low;
+  *a ^= moved << shift;
+  *b ^= moved;
 }
-// Eight elements at a time: an 8x8 bit matrix in an integer, transposed by three rounds of swaps.
 CONDU_INLINE Pattern load_pattern(const Turned* turned, int s) {
-  Pattern pattern;
-  for (int b = 0; b < 8; ++b) {
-    uint64_t x = 0;
-    for (int t = 0; t < 8; ++t) {
-      x |= (uint64_t)turned->lines[t * kLine + 8 * s + b] << 8 * t;
-    }
-    x = swap_bits(x, 7, 0x00aa00aa00aa00aa);
-    x = swap_bits(x, 14, 0x0000cccc0000cccc);
-    x = swap_bits(x, 28, 0x00000000f0f0f0f0);
-    for (int e = 0; e < 8; ++e) pattern.bytes[8 * b + e] = (uint8_t)(x >> 8 * e);
+  uint64_t words[8];
+  for (int t = 0; t < 8; ++t) memcpy(words + t, turned->lines + t * kLine + 8 * s, 8);
+  for (int t = 0; t < 8; t += 2) swap_bits(words + t, words + t + 1, 1, 0x5555555555555555);
+  for (int t = 0; t < 8; ++t) {
+    if (!(t & 2)) swap_bits(words + t, words + t + 2, 2, 0x3333333333333333);
   }
+  for (int t = 0; t < 4; ++t) swap_bits(words + t, words + t + 4, 4, 0x0f0f0f0f0f0f0f0f);
+  Pattern pattern;
+  memcpy(pattern.bytes, words, sizeof words);
   return pattern;
 }
-// table[four bits of each lane of vector v]: of the first four tasks (half 0) or the others.
-CONDU_INLINE Lanes lookup(const float* table, const Pattern& p, int v, int half) {
-  alignas(16) float found[16];
-  for (int l = 0; l < 16; ++l) found[l] = table[p.bytes[16 * v + l] >> 4 * half & 15];
-  Lanes r;
-  memcpy(&r, found, sizeof r);
-  return r;
+
+// A sum beside its maximum, so that one load brings both.
+CONDU_INLINE int place_of_sum(int bits) { return 2 * bits; }
+CONDU_INLINE int place_of_maximum(int bits) { return 2 * bits + 1; }
+typedef double Pairs __attribute__((vector_size(16)));  // of floats, moved whole
+CONDU_INLINE F4 entries(const float* tables, const Pattern& p, int element, int half) {
+  const int at[2] = {8 * (element % 8) + element / 8, 8 * ((element + 1) % 8) + element / 8};
+  double pair[2];
+  for (int k = 0; k < 2; ++k) {
+    memcpy(pair + k, tables + 2 * (p.bytes[at[k]] >> 4 * half & 15), sizeof(double));
+  }
+  return (F4)Pairs{pair[0], pair[1]};
+}
+// A group's entries for the lanes of vector v: the first four tasks' (half 0) or the others'.
+CONDU_INLINE void look_up(const float* tables, const Pattern& p, int v, int half, Lanes* sum,
+                          Lanes* largest) {
+  CONDU_UNROLL for (int q = 0; q < 4; ++q) {
+    const F4 low = entries(tables, p, 16 * v + 4 * q, half);
+    const F4 high = entries(tables, p, 16 * v + 4 * q + 2, half);
+    sum->v[q] = __builtin_shuffle(low, high, I4{0, 2, 4, 6});
+    largest->v[q] = __builtin_shuffle(low, high, I4{1, 3, 5, 7});
+  }
 }
 
 CONDU_INLINE Lanes load_f32(const float* p) {
@@ -179,7 +193,7 @@ CONDU_INLINE void stream_narrow(uint16_t* p, const uint16_t* narrow) {
 
 CONDU_INLINE Lanes load_bf16(const uint16_t* p) {
   Lanes r;
-  for (int q = 0; q < 4; ++q) {
+  CONDU_UNROLL for (int q = 0; q < 4; ++q) {
     U4 wide = {p[4 * q], p[4 * q + 1], p[4 * q + 2], p[4 * q + 3]};
     r.v[q] = (F4)(wide << 16);
   }
@@ -187,7 +201,7 @@ CONDU_INLINE Lanes load_bf16(const uint16_t* p) {
 }
 // To nearest, ties to even.
 CONDU_INLINE void store_bf16(uint16_t* p, Lanes a) {
-  for (int q = 0; q < 4; ++q) {
+  CONDU_UNROLL for (int q = 0; q < 4; ++q) {
     const U4 x = (U4)a.v[q];
     const U4 up = x + ((x >> 16) & 1) + 0x7fff;
     const I4 nan = a.v[q] != a.v[q];
@@ -240,13 +254,13 @@ static __attribute__((noinline)) uint16_t float_to_half(float value) {
 }
 CONDU_INLINE Lanes load_f16(const uint16_t* p) {
   Lanes r;
-  for (int q = 0; q < 4; ++q) {
+  CONDU_UNROLL for (int q = 0; q < 4; ++q) {
     for (int l = 0; l < 4; ++l) r.v[q][l] = half_to_float(p[4 * q + l]);
   }
   return r;
 }
 CONDU_INLINE void store_f16(uint16_t* p, Lanes a) {
-  for (int q = 0; q < 4; ++q) {
+  CONDU_UNROLL for (int q = 0; q < 4; ++q) {
     for (int l = 0; l < 4; ++l) p[4 * q + l] = float_to_half(a.v[q][l]);
   }
 }
@@ -272,7 +286,7 @@ CONDU_INLINE void store_common(uint8_t* p, const uint8_t* a, const uint8_t* line
 
 // sums[l] += lane l, in fp64.
 CONDU_INLINE void add_to_double(double* sums, Lanes a) {
-  for (int q = 0; q < 4; ++q) {
+  CONDU_UNROLL for (int q = 0; q < 4; ++q) {
     for (int l = 0; l < 4; ++l) sums[4 * q + l] += (double)a.v[q][l];
   }
 }

@@ -10,7 +10,7 @@
 namespace condu {
 namespace {
 
-// A group's two tables of sixteen: sums, then maxima.
+// A group's two tables of sixteen, sums and maxima, laid out as the instruction set wants them.
 enum { kTables = 2 * 16 };
 
 static void fill_tables(Triggers old, float* tables) {
@@ -22,8 +22,8 @@ static void fill_tables(Triggers old, float* tables) {
         sum += rescaler;
         largest = rescaler > largest ? rescaler : largest;
       }
-      tables[bits] = sum;
-      tables[16 + bits] = largest;
+      tables[place_of_sum(bits)] = sum;
+      tables[place_of_maximum(bits)] = largest;
     }
   }
 }
@@ -40,23 +40,24 @@ template <bool kFirst>
 CONDU_INLINE void gather_eight(const Turned* turned, int tasks, const float* tables, int s,
                                Lanes* S, Lanes* X) {
   const Pattern pattern = load_pattern(turned, s);
-  for (int v = 0; v < kVectors; ++v) {
-    const Lanes sum = lookup(tables, pattern, v, 0), largest = lookup(tables + 16, pattern, v, 0);
+  Lanes sum, largest;
+  CONDU_UNROLL for (int v = 0; v < kVectors; ++v) {
+    look_up(tables, pattern, v, 0, &sum, &largest);
     S[v] = kFirst ? sum : S[v] + sum;
     X[v] = kFirst ? largest : max_of(X[v], largest);
   }
   if (tasks <= 4) return;
-  tables += kTables;
-  for (int v = 0; v < kVectors; ++v) {
-    S[v] = S[v] + lookup(tables, pattern, v, 1);
-    X[v] = max_of(X[v], lookup(tables + 16, pattern, v, 1));
+  CONDU_UNROLL for (int v = 0; v < kVectors; ++v) {
+    look_up(tables + kTables, pattern, v, 1, &sum, &largest);
+    S[v] = S[v] + sum;
+    X[v] = max_of(X[v], largest);
   }
 }
 
 CONDU_INLINE void gather(const Turned* turned, int tasks, const float* tables, int s, Lanes* S,
                          Lanes* X) {
   if (!tasks) {
-    for (int v = 0; v < kVectors; ++v) S[v] = X[v] = splat(0.0f);
+    CONDU_UNROLL for (int v = 0; v < kVectors; ++v) S[v] = X[v] = splat(0.0f);
     return;
   }
   gather_eight<true>(turned, tasks, tables, s, S, X);
