@@ -1,6 +1,5 @@
 // Kernels for every processor of the target architecture; compiled with that instruction set's
 // flags alone.
-#define CONDU_ONE_KIND
 #include "cpu/simd_baseline.h"
 #include "cpu/table.h"
 
