@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* benchmarks/lab/*.cpp tests/condu_ext/cuda_on_cpu/*)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
 .PHONY: demo test bench lint format clean
@@ -24,12 +25,12 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/readme_table.py --check
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+	$(BIN)/clang-format -i $(CPP)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -16,13 +16,15 @@ from condu_ext import _C, _cuda, _tables
 from condu_ext import _arguments as arguments
 
 
-def _work(device: torch.device, written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> _C.Work:
-    """The table of one adapter, or of two."""
+def _table(
+    device: torch.device, written: Sequence[Tensor], read: Sequence[Tensor] = ()
+) -> _tables.Table:
+    """The table of one adapter, or of two; to be held until the launch."""
     numels, tensors = [t.numel() for t in written], [*written, *read]
     shape = (2 if read else 1, len(numels))
     pointers = arguments.addresses(tensors, device).reshape(shape)
     codes = arguments.dtype_codes(tensors).reshape(shape)
-    return _tables.TABLES.get(device, numels, pointers, codes).work
+    return _tables.TABLES.get(device, numels, pointers, codes)
 
 
 def _place(device: torch.device, workspace: Tensor | None = None) -> _C.Place:
@@ -33,14 +35,16 @@ def _place(device: torch.device, workspace: Tensor | None = None) -> _C.Place:
 def magnitude_threshold(reference: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
     joint = arguments.check_ranks([t.numel() for t in reference], ranks)
     device = reference[0].device
-    work = _work(device, reference)
+    if _tables.is_capturing(device):
+        raise RuntimeError("magnitude_threshold cannot be captured: call it before the CUDA graph")
+    table = _table(device, reference)
     on_device, _ = _tables.upload(np.array(ranks, dtype=np.int64).view(np.uint8), device)
     # Freed when the call returns; memory that the stream still uses goes to later work on it.
     size = _C.cuda_threshold_workspace(len(ranks))
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     threshold = torch.empty(len(ranks), dtype=torch.float32, device=device)
     _C.cuda_magnitude_threshold(
-        _place(device, workspace), work, joint, on_device.data_ptr(), threshold.data_ptr()
+        _place(device, workspace), table.work, joint, on_device.data_ptr(), threshold.data_ptr()
     )
     return threshold
 
@@ -52,13 +56,14 @@ def align_(
     limits = arguments.check_thresholds(threshold, len(current))
     arguments.check_same_sizes([t.numel() for t in current], reference, "reference")
     [address] = arguments.addresses([limits], device)
-    work = _work(device, current, reference)
+    table = _table(device, current, reference)
     conflicts = torch.zeros((), dtype=torch.int64, device=device)
-    _C.cuda_align(_place(device), work, int(address), to_reference, conflicts.data_ptr())
+    _C.cuda_align(_place(device), table.work, int(address), to_reference, conflicts.data_ptr())
     return conflicts
 
 
 def average_(reference: Sequence[Tensor], current: Sequence[Tensor], weight: float) -> None:
     device = reference[0].device
     arguments.check_same_sizes([t.numel() for t in reference], current, "current")
-    _C.cuda_average(_place(device), _work(device, reference, current), weight)
+    table = _table(device, reference, current)
+    _C.cuda_average(_place(device), table.work, weight)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.library import Library
 
 from condu_ext import _C, _alignment_cuda, _alignment_native
+from condu_ext._ops import TAGS
 
 _LIBRARY = Library("condu", "FRAGMENT")
 
@@ -52,7 +53,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)
+    _LIBRARY.define(_name + _schema, tags=TAGS)
     _LIBRARY.impl(_name, getattr(_alignment_native, _name), "CPU")
     if _C.cuda_archs:
         _LIBRARY.impl(_name, getattr(_alignment_cuda, _name), "CUDA")

@@ -2,7 +2,8 @@
 
 The counterpart of :mod:`condu_ext._native`: same functions, arguments and rows of sums. Work is
 queued on the device's current stream and nothing waits for it, so a CUDA graph can capture every
-function here once it was called with the same tensors (:mod:`condu_ext._tables`).
+function here once it was called with the same tensors (:mod:`condu_ext._tables`). A graph goes on
+reading the state's tensors of its capture: capture again after ``absorb_`` or ``drop``.
 """
 
 from __future__ import annotations
@@ -18,19 +19,31 @@ from condu_ext import _C, _tables
 from condu_ext import _arguments as arguments
 from condu_ext.layout import offsets
 
+_CAPTURED: list[Tensor] = []
+"""What captured graphs read of states: a replay after a state changed must not meet freed memory."""
+
 
 @lru_cache
 def runs_on(device: torch.device) -> bool:
     """Whether the compiled kernels can run on a device: there is code for its architecture, or code
-    of an older one that its driver can translate."""
-    return _covers(_C.cuda_archs, *torch.cuda.get_device_capability(device))
+    of an older one that its driver can translate; and the driver is not older than the runtime that
+    they are linked with, which need not be torch's."""
+    covered = _covers(_C.cuda_archs, *torch.cuda.get_device_capability(device))
+    return covered and _C.cuda_devices() > 0
 
 
 def _covers(compiled: str, major: int, minor: int) -> bool:
-    """``compiled`` lists architectures, e.g. "80,90"; the last is there as PTX, too."""
-    archs = [divmod(int(arch.rstrip("af")), 10) for arch in compiled.split(",") if arch]
-    binary = any(a == major and b <= minor for a, b in archs)
-    return binary or (bool(archs) and archs[-1] <= (major, minor))
+    """``compiled`` lists architectures, e.g. "80,90"; the last is there as PTX, too. One with a
+    letter ("90a", "100f") is good for nothing but its own number, or family."""
+    archs = [arch for arch in compiled.split(",") if arch]
+    for arch in archs:
+        a, b = divmod(int(arch.rstrip("af")), 10)
+        exact = arch.endswith("a")
+        if a == major and (b == minor if exact else b <= minor):
+            return True
+        if arch == archs[-1] and arch.isdigit() and (a, b) <= (major, minor):
+            return True
+    return False
 
 
 def _stream(device: torch.device) -> int:
@@ -58,6 +71,7 @@ class _Call:
         codes = np.concatenate([arguments.dtype_codes(models), arguments.dtype_codes(base, via)])
         table = _tables.TABLES.get(device, numels, pointers, codes.reshape(shape))
         self.work, self.has_base = table.work, bool(base)
+        self._table = table  # its memory, should the cache drop it before the launch
         self.sums = torch.empty(rows, table.chunks, dtype=torch.float64, device=device)
         size = _C.cuda_workspace(table.chunks, rows, planes)
         # Freed when the call returns; memory that the stream still uses goes to later work on it.
@@ -67,6 +81,14 @@ class _Call:
 
 def _state(u: Tensor, planes: Sequence[Tensor], rescaler: Tensor) -> _C.State:
     pointers = arguments.addresses([u, rescaler, *planes], u.device)
+    for tensor in (u, *planes):
+        if tensor.data_ptr() % _tables.VECTOR:
+            raise ValueError(
+                f"an arena on CUDA starts on a {_tables.VECTOR}-byte boundary, but one of shape "
+                f"{tuple(tensor.shape)} and dtype {tensor.dtype} does not"
+            )
+    if _tables.is_capturing(u.device):
+        _CAPTURED.extend((u, rescaler, *planes))
     return _C.State(int(pointers[0]), arguments.state_code(u.dtype), pointers[2:], int(pointers[1]))
 
 

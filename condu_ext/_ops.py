@@ -24,6 +24,8 @@ from condu_ext import _C, _cuda, _native
 from condu_ext.layout import chunk_count, offsets
 
 _LIBRARY = Library("condu", "DEF")
+# A graph that torch.compile captures brings new addresses, for which there is no table yet.
+TAGS = tuple(t for t in (getattr(torch.Tag, "cudagraph_unsafe", None),) if t is not None)
 
 _SCHEMAS = {
     "unify": "(Tensor[] models, Tensor[] base, int tasks, int zero_sum, ScalarType dtype,"
@@ -112,7 +114,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)
+    _LIBRARY.define(_name + _schema, tags=TAGS)
     _LIBRARY.impl(_name, getattr(_native, _name), "CPU")
     if _C.cuda_archs:
         _LIBRARY.impl(_name, getattr(_cuda, _name), "CUDA")

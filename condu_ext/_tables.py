@@ -25,7 +25,7 @@ _CHUNK_DTYPE = np.dtype(  # condu_chunk
     [("start", "<i8"), ("arena", "<i8"), ("id", "<i8"), ("tensor", "<i4"), ("elements", "<i4")]
 )
 _GENERAL, _KINDS = 3, 4  # condu_kind
-_VECTOR = 16  # bytes of one load, and the alignment that it needs
+VECTOR = 16  # bytes of one load, and the alignment that it needs
 
 
 @dataclass
@@ -64,7 +64,7 @@ def pack(
     kind = np.zeros(len(tensor), dtype=np.int64)
     if len(pointers):  # without models only arenas are read, which are always aligned
         plain = (codes == codes[0]).all(0) & (codes[0] < _GENERAL)
-        plain &= (pointers % _VECTOR == 0).all(0)
+        plain &= (pointers % VECTOR == 0).all(0)
         kind = np.where(plain, codes[0], _GENERAL)[tensor]
         kind = np.where(chunks["elements"] % 8 == 0, kind, _GENERAL)
     order = np.argsort(kind, kind="stable")

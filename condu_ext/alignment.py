@@ -205,7 +205,8 @@ def align_(
         total = sum(t.numel() for t in pair.targets)
         counted = sum((c.to(pair.devices[0]) for c in conflicts[1:]), conflicts[0])
     pair.mark_written()
-    return counted.double() / max(total, 1)
+    # A tensor as divisor: by a number, a GPU multiplies with the reciprocal, which may differ.
+    return counted.double() / torch.full_like(counted, max(total, 1), dtype=torch.float64)
 
 
 def _thresholds(pair: _Pair, current: Model, threshold: Mapping[str, Tensor]) -> list[Tensor]:

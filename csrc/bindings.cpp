@@ -1,5 +1,5 @@
 // Python's view of the C interface: addresses and sizes as NumPy arrays, a status as an exception.
-// Only condu_ext/_native.py calls this; it has checked the tensors behind the addresses.
+// condu_ext/_native.py has checked the tensors behind the addresses.
 #include <pybind11/stl.h>
 
 #include <optional>
@@ -10,18 +10,19 @@
 #include "bindings.h"
 #include "condu_ext.h"
 
-namespace {
-
 void raise_for(int status, const char* operation) {
   static const char* const kReasons[] = {"", "null pointer", "bad argument", "out of memory"};
   if (status == CONDU_OK) return;
   if (status == CONDU_NO_MEMORY) throw std::bad_alloc();
   if (status == CONDU_BAD_ARGUMENT && !condu_cpu_isa()) {
     throw std::invalid_argument(
-        "CONDU_CPU_ISA names no instruction set of this machine: use avx512, avx2 or baseline");
+        "CONDU_CPU_ISA names no instruction set of this machine: avx512 (with VBMI and GFNI), avx2 "
+        "or baseline");
   }
   throw std::runtime_error(std::string(operation) + ": " + kReasons[status]);
 }
+
+namespace {
 
 struct Layout {
   Layout(const Array<int64_t>& numel, const Array<int64_t>& offset)
@@ -80,8 +81,6 @@ Array<double> sums_for(const Layout& layout, int64_t rows) {
 }
 
 }  // namespace
-
-void bind_alignment(py::module_& m);  // bindings_alignment.cpp
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Fusion kernels; see csrc/condu_ext.h";

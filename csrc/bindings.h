@@ -17,5 +17,9 @@ Pointer pointers(const Addresses& addresses) {
   return reinterpret_cast<Pointer>(const_cast<uint64_t*>(addresses.data()));
 }
 
-// Adds the functions cuda_* to the module.
+// A status of the CPU's kernels as an exception.
+void raise_for(int status, const char* operation);
+
+// Add their functions to the module; those of CUDA start with cuda_.
+void bind_alignment(py::module_& m);
 void bind_cuda(py::module_& m);

@@ -1,5 +1,5 @@
 // Python's view of alignment.h: addresses, sizes and dtypes as NumPy arrays, a status as an
-// exception. Only condu_ext/_alignment_ops.py calls this; it has checked the tensors.
+// exception. condu_ext/_alignment_native.py has checked the tensors.
 #include <stdexcept>
 #include <string>
 
@@ -17,16 +17,6 @@ struct Adapter {
   }
   condu_adapter view;
 };
-
-void raise_for(int status, const char* operation) {
-  static const char* const kReasons[] = {"", "null pointer", "bad argument", "out of memory"};
-  if (status == CONDU_OK) return;
-  if (status == CONDU_NO_MEMORY) throw std::bad_alloc();
-  if (!condu_cpu_isa()) {
-    throw std::invalid_argument("CONDU_CPU_ISA names no instruction set of this machine");
-  }
-  throw std::runtime_error(std::string(operation) + ": " + kReasons[status]);
-}
 
 }  // namespace
 

@@ -1,5 +1,5 @@
-// Python's view of the CUDA kernels (condu_cuda.h). Only condu_ext/_cuda.py calls this; addresses
-// are those of device memory, which it has checked.
+// Python's view of the CUDA kernels (condu_cuda.h). Addresses
+// are those of device memory; condu_ext/_cuda.py and _alignment_cuda.py have checked the tensors.
 #include <pybind11/stl.h>
 
 #include <array>
@@ -13,9 +13,11 @@
 
 namespace {
 
-void raise_for(int status, const char* operation) {
+void raise_on_cuda(int status, const char* operation) {
   if (status == CONDU_OK) return;
-  const std::string reason = status == CONDU_CUDA_FAILED ? condu_cuda_error() : "bad argument";
+  const char* reason = "bad argument";
+  if (status == CONDU_CUDA_FAILED) reason = condu_cuda_error();
+  if (status == CONDU_TOO_MANY_TASKS) reason = "too many tasks for this GPU's shared memory";
   throw std::runtime_error(std::string(operation) + " on CUDA: " + reason);
 }
 
@@ -64,7 +66,7 @@ void run(const char* operation, Call call) {
     py::gil_scoped_release release;
     status = call();
   }
-  raise_for(status, operation);
+  raise_on_cuda(status, operation);
 }
 
 }  // namespace

@@ -39,6 +39,7 @@ enum condu_status {
   CONDU_BAD_ARGUMENT = 2,
   CONDU_NO_MEMORY = 3,
   CONDU_CUDA_FAILED = 4,
+  CONDU_TOO_MANY_TASKS = 5,  // for the shared memory of this GPU
 };
 
 struct condu_layout {

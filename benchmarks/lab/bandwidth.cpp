@@ -2,7 +2,8 @@
 // and copy timed alternately in one process: median of the paired ratios. Outputs are allocated and
 // touched beforehand, so page faults do not count.
 //
-// Usage: bandwidth [threads] [millions of parameters] [pairs] [part of a row's name]; build: benchmarks/lab/README.md.
+// Usage: bandwidth [threads] [millions of parameters] [pairs] [part of a row's name]; build:
+// benchmarks/lab/README.md.
 #include <omp.h>
 #include <stdint.h>
 #include <stdio.h>

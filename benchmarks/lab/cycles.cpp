@@ -1,8 +1,7 @@
 // Cycles per 16 elements of the CPU kernels, on one thread and data that stays in the second-level
 // cache: what the instructions cost when memory does not count.
 //
-//   g++ -O2 -std=c++17 -fopenmp -I csrc benchmarks/lab/cycles.cpp build/temp*/[a-z]*.o ...
-// (benchmarks/lab/README.md has the whole command). CONDU_CPU_ISA picks the instruction set.
+// benchmarks/lab/README.md has the command. CONDU_CPU_ISA picks the instruction set.
 //
 // The core's clock is measured beside each run by a chain of dependent additions, one a cycle.
 #include <math.h>
@@ -126,11 +125,11 @@ int main() {
                          condu_absorb(&layout, &old, model, base, CONDU_NEGATIVE, &out, 1);
                        }});
     }
+    void* const target = make.values();
     cases.push_back({name + "decouple", [=, &layout, &old_planes, &rescaler, &dtypes] {
                        const condu_state expert = {u, CONDU_F32, 1, old_planes.data(),
                                                    rescaler.data()};
-                       condu_decouple(&layout, &expert, base, const_cast<void* const*>(model->data),
-                                      &dtypes[kind], 1);
+                       condu_decouple(&layout, &expert, base, &target, &dtypes[kind], 1);
                      }});
   }
   printf("%s, cycles per 16 elements\n", condu_cpu_isa());

@@ -87,7 +87,7 @@ extern "C" int condu_align(const condu_adapter* current, const condu_adapter* re
   *conflicts = 0;
   for (const int64_t count : found) *conflicts += count;
   return CONDU_OK;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return CONDU_NO_MEMORY;
 }
 

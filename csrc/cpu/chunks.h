@@ -3,6 +3,7 @@
 // nothing depends on the number of threads.
 #pragma once
 #include <new>
+#include <exception>
 #include <stdlib.h>
 #include <vector>
 
@@ -24,8 +25,7 @@ struct Chunk {
 // Calls work(chunk) for every chunk of the layout, from `threads` threads.
 template <class Work>
 void for_chunks(const condu_layout* layout, int threads, Work work) {
-  int64_t elements = 0;
-  for (int64_t k = 0; k < layout->tensors; ++k) elements += layout->numel[k];
+  const int64_t elements = elements_of(layout);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int thread = 0; thread < threads; ++thread) {
     const DefaultFloatingPoint scope;
@@ -111,15 +111,15 @@ class Rescalers {
 Stream stream_at(const condu_model* model, const Chunk& c) {
   if (!model) return {nullptr, CONDU_F32};
   const uint8_t dtype = model->dtype[c.tensor];
-  return {(const char*)model->data[c.tensor] + c.start * item(dtype), dtype};
+  return {(const char*)model->data[c.tensor] + c.start * size_of(dtype), dtype};
 }
 
 const void* arena_at(const void* u, uint8_t dtype, int64_t element) {
-  return (const char*)u + element * (int64_t)item(dtype);
+  return (const char*)u + element * size_of(dtype);
 }
 
 void* arena_at(void* u, uint8_t dtype, int64_t element) {
-  return (char*)u + element * (int64_t)item(dtype);
+  return (char*)u + element * size_of(dtype);
 }
 
 int kind_of(const Stream* streams, int count, Stream base) {

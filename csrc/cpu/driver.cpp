@@ -35,7 +35,7 @@ int condu_unify(const condu_layout* layout, int32_t tasks, const condu_model* mo
   const int64_t chunks = condu_chunks(layout);
   const Workspaces work(threads, 2 * tasks, 0, tasks, tasks);
   const bool past = past_cache(layout) && on_lines(out, tasks), bf16 = out->dtype == CONDU_BF16;
-  expect_large(layout, out, 0, tasks);
+  expect_large(layout, out, tasks);
   for_chunks(layout, threads, [&](const Chunk& c) {
     const int64_t at = layout->offset[c.tensor] + c.start;
     Stream* mine = work.models(c.thread);
@@ -51,7 +51,7 @@ int condu_unify(const condu_layout* layout, int32_t tasks, const condu_model* mo
     }
   });
   return CONDU_OK;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return CONDU_NO_MEMORY;
 }
 
@@ -71,7 +71,7 @@ int condu_absorb(const condu_layout* layout, const condu_state* old, const condu
   // In place, the lines to store are in the caches already.
   const bool apart = out->u != old->u, bf16 = out->dtype == CONDU_BF16;
   const bool past = apart && past_cache(layout) && on_lines(out, T + 1);
-  if (apart) expect_large(layout, out, 0, T + 1);
+  if (apart) expect_large(layout, out, T + 1);
   for_chunks(layout, threads, [&](const Chunk& c) {
     const int64_t at = layout->offset[c.tensor] + c.start;
     const Stream theta = stream_at(model, c), start = stream_at(base, c);
@@ -91,7 +91,7 @@ int condu_absorb(const condu_layout* layout, const condu_state* old, const condu
     out->num[c.id] = chunk.work.total[T + 1];
   });
   return CONDU_OK;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return CONDU_NO_MEMORY;
 }
 
@@ -109,7 +109,7 @@ int condu_merge(const condu_layout* layout, const condu_state* a, const condu_st
   const Workspaces work(threads, tasks, eights, 2 + 8 * eights, 0);
   const Rescalers rescalers_a(layout, a), rescalers_b(layout, b);
   const bool past = past_cache(layout) && on_lines(out, tasks), bf16 = out->dtype == CONDU_BF16;
-  expect_large(layout, out, 0, tasks);
+  expect_large(layout, out, tasks);
   for_chunks(layout, threads, [&](const Chunk& c) {
     const int64_t at = layout->offset[c.tensor] + c.start;
     const MergeChunk chunk{c.elements,
@@ -127,7 +127,7 @@ int condu_merge(const condu_layout* layout, const condu_state* a, const condu_st
     for (int t = 0; t < tasks; ++t) out->den[t * chunks + c.id] = chunk.work.total[t];
   });
   return CONDU_OK;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return CONDU_NO_MEMORY;
 }
 
@@ -143,7 +143,7 @@ int condu_decouple(const condu_layout* layout, const condu_state* expert, const 
   for_chunks(layout, threads, [&](const Chunk& c) {
     const int64_t at = layout->offset[c.tensor] + c.start;
     const uint8_t dtype = out_dtype[c.tensor];
-    void* target = (char*)out[c.tensor] + c.start * item(dtype);
+    void* target = (char*)out[c.tensor] + c.start * size_of(dtype);
     const Stream start = stream_at(base, c), written = {target, dtype};
     kernels()->decouple[kind_of(&written, 1, start)][bf16](
         {c.elements, arena_at(expert->u, expert->dtype, at), expert->planes[0] + at / 8,
@@ -165,7 +165,7 @@ int condu_measure(const condu_layout* layout, const condu_model* model, const co
     num[c.id] = chunk.work.total[0];
   });
   return CONDU_OK;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return CONDU_NO_MEMORY;
 }
 

@@ -18,6 +18,11 @@ enum {
   kLine = kBlock / 8,         // bytes of a cache line
 };
 
+// Bytes of an element. Internal, like every function here: see above.
+static inline int size_of(uint8_t dtype) {
+  return dtype == CONDU_F32 || dtype == CONDU_F32_VIA_BF16 || dtype == CONDU_F32_VIA_F16 ? 4 : 2;
+}
+
 // Loops over vectors become straight code: left as loops they index arrays of vectors in memory.
 #define CONDU_UNROLL _Pragma("GCC unroll 4")
 

@@ -127,6 +127,6 @@ extern "C" int condu_magnitude_threshold(const condu_adapter* reference, int joi
     }
   }
   return CONDU_OK;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return CONDU_NO_MEMORY;
 }

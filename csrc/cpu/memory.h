@@ -13,8 +13,10 @@
 namespace condu {
 namespace {
 
-inline size_t item(uint8_t dtype) {
-  return dtype == CONDU_F32 || dtype == CONDU_F32_VIA_BF16 || dtype == CONDU_F32_VIA_F16 ? 4 : 2;
+inline int64_t elements_of(const condu_layout* layout) {
+  int64_t elements = 0;
+  for (int64_t k = 0; k < layout->tensors; ++k) elements += layout->numel[k];
+  return elements;
 }
 
 // Stores past the caches become visible in any order; later reads must see all of them.
@@ -28,9 +30,7 @@ inline void finish_streaming() {
 // a line stored past them need not be read first. Below, the next reader may find it there.
 inline bool past_cache(const condu_layout* layout) {
   constexpr int64_t kLarge = (int64_t)16 << 20;  // elements
-  int64_t elements = 0;
-  for (int64_t k = 0; k < layout->tensors; ++k) elements += layout->numel[k];
-  return elements >= kLarge;
+  return elements_of(layout) >= kLarge;
 }
 
 inline bool on_line(const void* p) { return (uintptr_t)p % kLine == 0; }
@@ -53,13 +53,12 @@ inline void expect_large(void* start, int64_t bytes) {
 #endif
 }
 
-inline void expect_large(const condu_layout* layout, const condu_output* out, int first,
-                         int tasks) {
-  if (!layout->tensors) return;
+inline void expect_large(const condu_layout* layout, const condu_output* out, int tasks) {
+  if (!elements_of(layout)) return;  // then there may be no memory at all
   const int64_t last = layout->tensors - 1;
   const int64_t elements = layout->offset[last] + layout->numel[last];
-  expect_large(out->u, elements * (int64_t)item(out->dtype));
-  for (int t = first; t < tasks; ++t) expect_large(out->planes[t], elements / 8);
+  expect_large(out->u, elements * size_of(out->dtype));
+  for (int t = 0; t < tasks; ++t) expect_large(out->planes[t], elements / 8);
 }
 
 }  // namespace

@@ -4,6 +4,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "cpu/kernels.h"
 
 #define CONDU_INLINE static inline __attribute__((always_inline))
@@ -93,7 +97,7 @@ CONDU_INLINE Mask load_mask(const uint8_t* p) {
 }
 CONDU_INLINE int bits_of(I4 lanes) {
 #if defined(__SSE2__)
-  return __builtin_ia32_movmskps((F4)lanes);
+  return _mm_movemask_ps((__m128)lanes);
 #else
   lanes &= I4{1, 2, 4, 8};
   return lanes[0] | lanes[1] | lanes[2] | lanes[3];
@@ -178,7 +182,9 @@ CONDU_INLINE void store_f32(float* p, Lanes a) { memcpy(p, &a, sizeof a); }
 // Stores past the caches where the architecture has them: sixteen aligned bytes.
 CONDU_INLINE void stream_16(void* p, const void* value) {
 #if defined(__SSE2__)
-  __builtin_ia32_movntps((float*)p, *(const F4*)value);
+  __m128 lanes;
+  memcpy(&lanes, value, sizeof lanes);
+  _mm_stream_ps((float*)p, lanes);
 #else
   memcpy(p, value, 16);
 #endif

@@ -17,10 +17,6 @@ CONDU_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch((const char*)p + b);
 }
 
-CONDU_INLINE int size_of(uint8_t dtype) {
-  return dtype == CONDU_F32 || dtype == CONDU_F32_VIA_BF16 || dtype == CONDU_F32_VIA_F16 ? 4 : 2;
-}
-
 CONDU_INLINE Lanes through_bf16(Lanes a) {
   uint16_t narrow[kLanes];
   store_bf16(narrow, a);

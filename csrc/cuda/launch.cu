@@ -44,6 +44,7 @@ __global__ void add_tiles_kernel(TileSums t) {
 int condu_cuda_status(cudaError_t error) {
   if (error == cudaSuccess) return CONDU_OK;
   last_error = error;
+  cudaGetLastError();
   return CONDU_CUDA_FAILED;
 }
 

@@ -8,7 +8,8 @@
 #define CONDU_TRY(status) \
   if (const int failed = (status)) return failed
 
-// Keeps what CUDA said for condu_cuda_error and turns it into a status.
+// Keeps what CUDA said for condu_cuda_error and turns it into a status. CUDA itself forgets it: an
+// error that stayed would be taken for the next launch's.
 int condu_cuda_status(cudaError_t error);
 
 // The device of a call is current while in scope. A device that already is current is left alone,
@@ -20,7 +21,7 @@ class OnDevice {
     if (error == cudaSuccess && before_ != here_) error = cudaSetDevice(here_);
   }
   ~OnDevice() {
-    if (before_ != here_) cudaSetDevice(before_);
+    if (before_ != here_ && cudaSetDevice(before_) != cudaSuccess) cudaGetLastError();
   }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
@@ -36,14 +37,18 @@ int launch(const condu_place* place, void (*kernel)(Arguments), int64_t blocks, 
   if (!blocks) return CONDU_OK;
   if (blocks > INT32_MAX) return CONDU_BAD_ARGUMENT;
   if (shared > 48 * 1024) {  // more than what every kernel may have
+    int most = 0;
     CONDU_TRY(condu_cuda_status(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared)));
+        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, place->device)));
+    if (shared > (size_t)most) return CONDU_TOO_MANY_TASKS;
+    // The limit belongs to the kernel, not to this launch: always the same value, or a launch of
+    // another thread could find it lowered.
+    CONDU_TRY(condu_cuda_status(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)));
   }
   void* list[] = {&arguments};
-  const cudaError_t launched = cudaLaunchKernel(kernel, dim3((unsigned)blocks), dim3(kThreads),
-                                                list, shared, (cudaStream_t)place->stream);
-  const cudaError_t pending = cudaGetLastError();
-  return condu_cuda_status(launched != cudaSuccess ? launched : pending);
+  return condu_cuda_status(cudaLaunchKernel(kernel, dim3((unsigned)blocks), dim3(kThreads), list,
+                                            shared, (cudaStream_t)place->stream));
 }
 
 // ---- tables ------------------------------------------------------------------------------------

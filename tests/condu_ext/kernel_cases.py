@@ -7,11 +7,15 @@ steps, so that sums cancel exactly; zeros of both signs; subnormals of the model
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,6 +32,16 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
         return False
     a, b = a.detach().contiguous().view(-1), b.detach().contiguous().view(-1)
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def needs_memory(size: int) -> None:
+    """Skips a test where fewer than ``size`` bytes are free."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if Path("/proc/meminfo").is_file():  # memory that caches would give back counts as free
+        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        free = int(found[1]) * 1024 if found else free
+    if free < size:
+        pytest.skip(f"needs {size / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
 
 
 def differing(a: Tensor, b: Tensor) -> str:

@@ -27,7 +27,17 @@ from adapters import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import BF16, DTYPES, EDGES, F16, F32, SMALL, digests, same_bytes
+from kernel_cases import (
+    BF16,
+    DTYPES,
+    EDGES,
+    F16,
+    F32,
+    SMALL,
+    digests,
+    needs_memory,
+    same_bytes,
+)
 from test_instruction_sets import flushed_denormals, rounding_up
 from torch import Tensor
 
@@ -443,6 +453,7 @@ def test_a_gpu_gives_the_same_bits() -> None:
 @pytest.mark.slow
 def test_past_two_to_the_31() -> None:
     """9 GiB: the strongest weights and the conflicts lie beyond 32-bit offsets."""
+    needs_memory(10 << 30)
     numel = 2**31 + 2**16 + 5
     g, w = (torch.ones(numel, dtype=BF16) for _ in range(2))
     g[-9:] = 5.0

@@ -203,6 +203,21 @@ def test_more_planes_than_one_launch_carries(emulated: Any) -> None:
     assert all(same_bytes(*pair) for pair in zip(results[0][1], results[1][1], strict=True))
 
 
+def test_more_tasks_than_a_block_has_shared_memory_for(emulated: Any) -> None:
+    tasks = 3000
+    planes = [torch.zeros(64, dtype=torch.uint8) for _ in range(tasks)]
+    arguments = (torch.zeros(512), planes, torch.ones(tasks, 1), [torch.ones(9)], [], 0, [])
+    with pytest.raises(RuntimeError, match="absorb on CUDA: too many tasks for this GPU's shared"):
+        emulated.absorb(*arguments)
+
+
+def test_arenas_that_are_not_aligned_are_refused(emulated: Any) -> None:
+    buffer, plane = torch.zeros(513), torch.zeros(65, dtype=torch.uint8)
+    for u, bits in ((buffer[1:], plane[:64]), (buffer[:512], plane[1:])):
+        with pytest.raises(ValueError, match="16-byte boundary"):
+            emulated.absorb(u, [bits], torch.ones(1, 1), [torch.ones(9)], [], 0, [])
+
+
 def test_tables_say_what_a_chunk_has_in_common() -> None:
     numels = [65536 + 8, 65536 + 4, 16, 16, 16, 0]
     pointers = np.array([[4096, 4096, 4096, 4098, 4096, 0]] * 2, dtype=np.uint64)
@@ -265,7 +280,10 @@ def test_tables_are_kept_and_forgotten(
         ("86,90", (8, 0), False),
         ("80,86", (9, 0), True),  # by way of the last one's PTX
         ("90", (8, 9), False),
-        ("80,90a", (12, 0), True),
+        ("80,90a", (9, 0), True),
+        ("80,90a", (12, 0), False),  # neither binary nor PTX of 90a runs elsewhere
+        ("80,100f", (10, 3), True),
+        ("80,100f", (12, 0), False),
         ("80,120", (10, 0), False),
         ("", (9, 0), False),
     ],

@@ -117,6 +117,7 @@ static inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shi
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 typedef void* cudaStream_t;
 
 static inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -129,6 +130,10 @@ static inline cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
 
+// As on sm_86, 89 and 120, which have the least.
+static inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = 99 * 1024, cudaSuccess;
+}
 template <class T>
 static inline cudaError_t cudaFuncSetAttribute(T*, cudaFuncAttribute, int) {
   return cudaSuccess;
