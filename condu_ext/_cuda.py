@@ -20,7 +20,7 @@ from condu_ext import _arguments as arguments
 from condu_ext.layout import offsets
 
 _CAPTURED: list[Tensor] = []
-"""What captured graphs read of states: a replay after a state changed must not meet freed memory."""
+"""What captured graphs read: a replay after a state changed must not meet freed memory."""
 
 
 @lru_cache
