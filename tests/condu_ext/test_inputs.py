@@ -610,3 +610,15 @@ def test_models_that_are_no_mappings(wrong: Any) -> None:
         with pytest.raises(TypeError, match=f"^{who}: .* got {type(wrong).__name__}; {hint}"):
             action()
     assert_unchanged(state, before)
+
+
+def test_negated_views_are_not_written() -> None:
+    """The imaginary part of a conjugate: its memory holds the values with the other sign."""
+    base = base_model()
+    state = cx.unify({"old": tuned(base)}, base)
+    out = tuned(base, 3)
+    out["enc.bias"] = torch.complex(torch.zeros(5), torch.ones(5)).conj().imag
+    before = {name: t.clone() for name, t in out.items()}
+    with pytest.raises(ValueError, match=r"out, tensor 'enc\.bias': is a negated view"):
+        cx.decouple_(state, "old", base, out=out)
+    assert all(torch.equal(t, before[name]) for name, t in out.items())
