@@ -57,6 +57,17 @@ def check_tensor(who: str, name: str, tensor: object) -> Tensor:
     return tensor
 
 
+def fixed_names(who: str, model: Model) -> frozenset[str]:
+    """The names of integer and bool entries.
+
+    Raises:
+        TypeError: as :func:`check_mapping` and :func:`check_tensor`.
+    """
+    check_mapping(who, model)
+    tensors = {name: check_tensor(who, name, value) for name, value in model.items()}
+    return frozenset(name for name, tensor in tensors.items() if not _is_number_array(tensor))
+
+
 def check_fusable(who: str, name: str, tensor: Tensor) -> None:
     """Refuses floating dtypes that the kernels do not read (float64, float8, complex)."""
     if tensor.dtype not in FUSED_DTYPES:
