@@ -11,18 +11,20 @@ the clone's (``current``):
 
 Adapters are mappings from names to tensors (``dict(module.named_parameters())``, or the tensors of
 a LoRA) of float32, bfloat16 or float16, mixed as they are; the dtypes of g and w may differ.
-Integer and bool entries are left alone; tied tensors count once; empty ones are allowed. Tensors
-that are not contiguous are worked on in memory order where both sides agree, else through a copy
-of that tensor. Each tensor is processed where it lives. Every back end gives the same bits.
+Integer and bool entries are left alone, on whichever side they are; tied tensors count once; empty
+ones are allowed. Tensors that are not contiguous are worked on in memory order where both sides
+agree, else through a copy of that tensor. Each tensor is processed where it lives. Every back end
+gives the same bits.
 
 Common arguments:
     backend: as in :mod:`condu_ext.fusion`: None, ``"cpu"``, ``"cuda"`` or ``"reference"``.
 
 Common errors, which leave every argument as it was: ``KeyError`` for a missing tensor;
-``TypeError`` for one that the kernels do not read (float64, quantised, sharded); ``ValueError`` for
-an extra name, another shape or device, memory shared with what is written, an expanded target, an
-unknown option; ``RuntimeError`` for writing to a leaf that requires grad outside
-``torch.no_grad()``. All name the argument and the tensor.
+``TypeError`` for an argument of another type, and for a tensor that the kernels do not read
+(float64, quantised, sharded); ``ValueError`` for an extra name, another shape or device, memory
+shared with what is written, an expanded or negated target, an unknown option; ``RuntimeError`` for
+writing to a leaf that requires grad outside ``torch.no_grad()``. All name the argument and the
+tensor.
 
 NaN and infinity: refused by :func:`magnitude_threshold` (its counts show them) and, unless
 ``check=False``, by :func:`average_`, each with a ``ValueError``; both synchronise with the device.
@@ -37,7 +39,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -47,7 +51,7 @@ from condu_ext import _alignment_ops, _native, alignment_reference
 from condu_ext import reference as fusion_reference
 from condu_ext._dispatch import kernels_for
 from condu_ext._modes import without_autograd
-from condu_ext.inputs import Model, check_devices, describe, resolve
+from condu_ext.inputs import Model, check_devices, check_mapping, describe, fixed_names, resolve
 from condu_ext.layout import ModelSpec, group_by_device
 from condu_ext.targets import check_targets, write_through
 
@@ -63,6 +67,11 @@ def _kernels(backend: str | None, device: torch.device) -> Any:
 def _check_option(name: str, value: str, kinds: tuple[str, ...]) -> None:
     if value not in kinds:
         raise ValueError(f"{name} must be {' or '.join(map(repr, kinds))}, not {value!r}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def _all_present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
@@ -84,7 +93,7 @@ def magnitude_threshold(
 
     τ is the ⌈top·n⌉-th largest |g|, a value that occurs (no interpolation, no sampling): at least
     ⌈top·n⌉ elements have |g| ≥ τ, and fewer than that have |g| > τ. ``top`` counts as the decimal
-    number that it prints as, so 10 % of 30 elements are 3.
+    number that it prints as, so 10 % of 30 elements are 3, also as ``numpy.float32(0.1)``.
 
     Args:
         reference: the global adapter.
@@ -93,12 +102,14 @@ def magnitude_threshold(
             for this are copied to the first one's device if there are several devices.
 
     Returns:
-        name → 0-dim float32 tensor on that tensor's device, in the order of ``reference``. With
-        ``"global"`` the values are all the same. Where there is no element, τ = +Inf.
+        name → 0-dim float32 tensor on that tensor's device, in the order of ``reference``; tied
+        names share one. With ``"global"`` the values are all the same. Where there is no element,
+        τ = +Inf.
 
     Raises:
         ValueError: NaN or infinite values, naming a tensor.
     """
+    _check_number("top", top)
     if not 0 < top <= 1:
         raise ValueError(f"top must be in (0, 1], not {top!r}")
     _check_option("scope", scope, get_args(Scope))
@@ -108,7 +119,7 @@ def magnitude_threshold(
     flat = [entry.flatten(t) for entry, t in zip(spec.tensors, tensors, strict=True)]
 
     def rank(numel: int) -> int:
-        return math.ceil(Fraction(repr(float(top))) * numel)
+        return math.ceil(Fraction(str(top)) * numel)
 
     if scope == "global":
         device = flat[0].device
@@ -128,11 +139,8 @@ def magnitude_threshold(
     if any(bool(values.isnan().any()) for values in selected):
         _refuse_non_finite("reference", names, flat)
     # A tensor each, not views of one: what saves tensors may refuse shared memory.
-    return {
-        name: found[spec.aliases.get(name, name)].clone()
-        for name in reference
-        if name not in spec.fixed
-    }
+    own = {name: value.clone() for name, value in found.items()}
+    return {n: own[spec.aliases.get(n, n)] for n in reference if n not in spec.fixed}
 
 
 class _Pair:
@@ -143,7 +151,8 @@ class _Pair:
         self.spec: ModelSpec = describe(who, out, ())
         self.targets = _all_present(resolve(self.spec, who, out, "error"))
         self.devices = [t.device for t in self.targets]
-        found = resolve(self.spec, other, model, "error", base=who)
+        integers = self.spec.fixed | fixed_names(other, model)  # of either side: left alone
+        found = resolve(replace(self.spec, fixed=integers), other, model, "error", base=who)
         check_devices(self.spec, other, found, self.devices, who)
         check_targets(self.spec, who, out, self.targets, {other: found})
         self.sources = _all_present(found)
@@ -185,7 +194,8 @@ def align_(
             touched.
         reference: the global adapter g.
         threshold: τ by name, from :func:`magnitude_threshold` (0-dim float32 on the tensor's
-            device).
+            device). Of tied tensors, one name is enough; all must agree, which waits for the device
+            where they are not one tensor.
         to: what conflicting weights become, ``"zero"`` (+0) or ``"global"`` (g, rounded to the
             weight's dtype).
 
@@ -211,26 +221,37 @@ def align_(
 
 def _thresholds(pair: _Pair, current: Model, threshold: Mapping[str, Tensor]) -> list[Tensor]:
     """τ of each fused tensor, in the order of the spec."""
+    check_mapping("threshold", threshold, such_as="what magnitude_threshold returns")
     for name in threshold:
         if name not in current:
             raise ValueError(f"threshold: {name!r} is not in current")
     limits = []
     for entry, device in zip(pair.spec.tensors, pair.devices, strict=True):
-        given = [threshold[name] for name in pair.spec.names_of(entry.name) if name in threshold]
+        given = {n: threshold[n] for n in pair.spec.names_of(entry.name) if n in threshold}
         if not given:
             raise KeyError(f"threshold: tensor {entry.name!r} is missing")
-        limit = given[0]
-        if not isinstance(limit, Tensor) or limit.dtype != torch.float32 or limit.dim():
-            raise TypeError(
-                f"threshold, tensor {entry.name!r}: expected a 0-dim float32 tensor, got {limit!r}"
-            )
-        if limit.device != device:
-            raise ValueError(
-                f"threshold, tensor {entry.name!r}: is on {limit.device}, "
-                f"but current is on {device}; move one of them"
-            )
+        for name, limit in given.items():
+            _check_threshold(name, limit, device)
+        (first, limit), *others = given.items()
+        for name, other in others:
+            # Tied names share one tensor, as magnitude_threshold returns them: no need to wait.
+            if other is not limit and not torch.allclose(other, limit, 0, 0, equal_nan=True):
+                raise ValueError(
+                    f"threshold: {first!r} and {name!r} are tied in current, but have "
+                    f"{limit.item()} and {other.item()}"
+                )
         limits.append(limit.detach())
     return limits
+
+
+def _check_threshold(name: str, limit: object, device: torch.device) -> None:
+    where = f"threshold, tensor {name!r}"
+    if not isinstance(limit, Tensor) or limit.dtype != torch.float32 or limit.dim():
+        raise TypeError(f"{where}: expected a 0-dim float32 tensor, got {limit!r}")
+    if limit.device != device:
+        raise ValueError(
+            f"{where}: is on {limit.device}, but current is on {device}; move one of them"
+        )
 
 
 def average_(
@@ -257,6 +278,7 @@ def average_(
     Raises:
         ValueError: NaN or infinite values (with ``check``).
     """
+    _check_number("weight", weight)
     if not 0 <= weight <= 1:
         raise ValueError(f"weight must be in [0, 1], not {weight!r}")
     pair = _Pair(("reference", reference), ("current", current))

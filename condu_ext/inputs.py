@@ -22,6 +22,23 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
+def check_mapping(
+    who: str,
+    value: object,
+    such_as: str = "dict(module.named_parameters()) or module.state_dict()",
+) -> None:
+    """Refuses what is given in place of names and tensors: a module, a list, a number.
+
+    Raises:
+        TypeError: naming the argument, with ``such_as`` as an example of what is meant.
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"{who}: expected a mapping from names to tensors, got {type(value).__name__}; "
+            f"use {such_as}"
+        )
+
+
 def check_tensor(who: str, name: str, tensor: object) -> Tensor:
     """The tensor, if it is one that can be fused, compared or stored.
 
@@ -38,6 +55,17 @@ def check_tensor(who: str, name: str, tensor: object) -> Tensor:
     if tensor.device.type == "meta":
         raise TypeError(f"{where}: is on the meta device and has no values")
     return tensor
+
+
+def fixed_names(who: str, model: Model) -> frozenset[str]:
+    """The names of integer and bool entries.
+
+    Raises:
+        TypeError: as :func:`check_mapping` and :func:`check_tensor`.
+    """
+    check_mapping(who, model)
+    tensors = {name: check_tensor(who, name, value) for name, value in model.items()}
+    return frozenset(name for name, tensor in tensors.items() if not _is_number_array(tensor))
 
 
 def check_fusable(who: str, name: str, tensor: Tensor) -> None:
@@ -134,11 +162,12 @@ def describe(who: str, model: Model, private: Iterable[str]) -> ModelSpec:
     """What a state will know of a model: its fused tensors, ties, fixed and private names.
 
     Raises:
-        TypeError: an entry that is no plain tensor, or a dtype that cannot be fused.
+        TypeError: no mapping, an entry that is no plain tensor, or a dtype that cannot be fused.
         ValueError: no tensor to fuse, or tensors that overlap.
     """
     if isinstance(private, str):
         raise TypeError(f"private: expected a tuple of patterns, got the string {private!r}")
+    check_mapping(who, model)
     private = tuple(private)
     fused, fixed = {}, set()
     for name, value in model.items():
@@ -182,8 +211,9 @@ def resolve(
     Raises:
         KeyError: a tensor is missing (under all its names), and ``missing`` is ``"error"``.
         ValueError: an extra tensor, another shape, or tied names with different values.
-        TypeError: as :func:`check_tensor`.
+        TypeError: as :func:`check_mapping` and :func:`check_tensor`.
     """
+    check_mapping(who, model)
     if missing not in ("error", "unchanged"):
         raise ValueError(f"missing must be 'error' or 'unchanged', not {missing!r}")
     known = {t.name for t in spec.tensors} | set(spec.aliases) | spec.fixed

@@ -30,8 +30,8 @@ def check_targets(
 
     Raises:
         RuntimeError: a leaf that requires grad, outside ``torch.no_grad()``.
-        ValueError: an expanded tensor, one that shares memory with another or with what must
-            survive, or one that is tied in the spec and not in ``out``.
+        ValueError: an expanded tensor, a negated view, one that shares memory with another or with
+            what must survive, or one that is tied in the spec and not in ``out``.
     """
     if torch.is_grad_enabled():
         for name, tensor in out.items():
@@ -45,6 +45,8 @@ def check_targets(
     for name, tensor in written.items():
         if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
             raise ValueError(f"{who}, tensor {name!r}: is expanded, its elements share memory")
+        if tensor.is_neg():  # its memory holds −x, so kernels would write the wrong sign
+            raise ValueError(f"{who}, tensor {name!r}: is a negated view; use a copy")
     for entry in spec.tensors:
         for name in spec.names_of(entry.name):
             if name in out and out[name].data_ptr() != written[entry.name].data_ptr():

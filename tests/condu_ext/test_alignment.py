@@ -121,6 +121,26 @@ def test_the_share_is_a_decimal_number(top: float, numel: int, expected: int) ->
         assert cx.magnitude_threshold(g, top, scope)["x"].item() == numel + 1 - expected
 
 
+@pytest.mark.parametrize(
+    ("top", "expected"),
+    # Converted to float64, numpy.float32(0.1) · 30 comes out above 3.
+    [
+        (np.float32(0.1), 3),
+        (np.float16(0.7), 21),
+        (np.float64(0.1), 3),
+        (np.float32(1e-8), 1),
+        (Fraction(1, 10), 3),
+        (1, 30),
+        (np.int64(1), 30),
+    ],
+)
+def test_the_share_is_the_number_that_it_prints_as(top: Any, expected: int) -> None:
+    """Whatever its type is."""
+    g = {"x": torch.arange(1.0, 31.0)}
+    for scope in ("tensor", "global"):
+        assert cx.magnitude_threshold(g, top, scope)["x"].item() == 31 - expected
+
+
 def test_ties_zeros_and_subnormals() -> None:
     tiny = 2.0**-149
     g = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from adapters import Adapter, adapter, copy_of
@@ -17,7 +18,8 @@ Call = Callable[[Adapter, Adapter], Any]
 
 
 def align(w: Adapter, g: Adapter) -> Tensor:
-    return cx.align_(w, g, {name: torch.tensor(0.1) for name in w}, "global")
+    thresholds = {name: torch.tensor(0.1) for name, t in w.items() if t.is_floating_point()}
+    return cx.align_(w, g, thresholds, "global")
 
 
 def average(g: Adapter, w: Adapter) -> None:
@@ -94,6 +96,46 @@ def test_memory_that_is_shared(call: Call, who: str, other: str) -> None:
 
 
 @pytest.mark.parametrize(("call", "who", "other"), WRITERS)
+def test_negated_views(call: Call, who: str, other: str) -> None:
+    """The imaginary part of a conjugate is one; read, it counts with its own sign."""
+    out, read = pair()
+    negated = torch.complex(torch.zeros(7), -read["t1"]).conj().imag
+    assert negated.is_neg()
+    refuse(call, out | {"t1": negated}, read, ValueError, f"{who}.*'t1'.*negated view")
+    expected = expected_of(call, out, read)
+    call(out, read | {"t1": negated})
+    assert all(same_bytes(out[name], t) for name, t in expected.items())
+
+
+@pytest.mark.parametrize("wrong", [[torch.ones(7)], nn.Linear(2, 3), None, 0.5])
+def test_adapters_that_are_no_mappings(wrong: Any) -> None:
+    g, w = pair()
+    limits = cx.magnitude_threshold(g)
+    got = rf"expected a mapping .* got {type(wrong).__name__}; use dict\(module\.named_parameters"
+    for name, run in {
+        "reference": [
+            lambda: cx.magnitude_threshold(wrong),
+            lambda: cx.align_(w, wrong, limits),
+            lambda: cx.average_(wrong, w),
+        ],
+        "current": [lambda: cx.align_(wrong, g, limits), lambda: cx.average_(g, wrong)],
+    }.items():
+        for action in run:
+            with pytest.raises(TypeError, match=f"^{name}: {got}"):
+                action()
+
+
+@pytest.mark.parametrize("wrong", ["0.5", None, True, np.True_, [0.5], torch.tensor(0.5)])
+def test_numbers_of_another_type(wrong: Any) -> None:
+    g, w = pair()
+    got = f"expected a number, got {type(wrong).__name__}"
+    with pytest.raises(TypeError, match=f"^top: {got}"):
+        cx.magnitude_threshold(g, wrong)
+    with pytest.raises(TypeError, match=f"^weight: {got}"):
+        cx.average_(g, w, wrong)
+
+
+@pytest.mark.parametrize(("call", "who", "other"), WRITERS)
 def test_unknown_back_ends(call: Call, who: str, other: str) -> None:
     g, w = pair()
     threshold = cx.magnitude_threshold(g)
@@ -142,6 +184,9 @@ def test_thresholds() -> None:
     for threshold, error, words in bad:
         with pytest.raises(error, match=words):
             cx.align_(w, g, threshold)
+    for whole in (0.5, good["t0"], list(good), None):
+        with pytest.raises(TypeError, match=rf"threshold: .*{type(whole).__name__}; use what magn"):
+            cx.align_(w, g, whole)  # type: ignore[arg-type]
     assert all(same_bytes(w[name], before[name]) for name in w)
 
 
@@ -226,16 +271,66 @@ def test_thresholds_by_one_of_the_tied_names() -> None:
     assert cx.align_({"a": shared, "b": shared}, g, {"b": torch.tensor(1.0)}).item() == 1.0
 
 
-def test_integers_are_left_alone() -> None:
+def test_thresholds_of_tied_tensors_agree() -> None:
+    g = {"a": torch.ones(3), "b": torch.ones(3)}
+    w = {"x": torch.ones(2), "a": -torch.ones(3)}
+    w["b"] = w["a"]
+    g["x"] = torch.ones(2)
+
+    def limits(a: float, b: float) -> Adapter:
+        return {"x": torch.tensor(9.0), "a": torch.tensor(a), "b": torch.tensor(b)}
+
+    for a, b in ((2.0, 0.5), (0.5, 2.0), (0.5, torch.nan), (torch.nan, 0.5)):
+        words = f"threshold: 'a' and 'b' are tied in current, but have {a} and {b}"
+        with pytest.raises(ValueError, match=words):
+            cx.align_(w, g, limits(a, b))
+    with pytest.raises(TypeError, match="threshold, tensor 'b': expected a 0-dim"):
+        cx.align_(w, g, limits(0.5, 0.5) | {"b": 0.5})  # type: ignore[dict-item]
+    for same in (torch.nan, torch.inf):
+        assert cx.align_(w, g, limits(same, same)).item() == 0.0
+    assert (w["a"] == -1).all()
+    assert cx.align_(w, g, limits(0.5, 0.5)).item() == 3 / 5
+
+
+def test_thresholds_of_tied_tensors_are_one_tensor() -> None:
+    """So align_ need not compare them, for which it would wait for the device."""
+    g = {"a": torch.ones(3), "x": torch.ones(2)}
+    g["b"] = g["a"]
+    for scope in ("tensor", "global"):
+        found = cx.magnitude_threshold(g, scope=scope)
+        assert found["a"] is found["b"]
+        assert found["a"].data_ptr() != found["x"].data_ptr()
+
+
+@pytest.mark.parametrize(("call", "who", "other"), WRITERS)
+@pytest.mark.parametrize("sides", ["both", "written", "read"])
+@pytest.mark.parametrize("extra", [torch.tensor(3), torch.tensor([True, False])])
+def test_integers_are_left_alone(
+    call: Call, who: str, other: str, sides: str, extra: Tensor
+) -> None:
     """Also where the sides differ or only one has them."""
-    g, w = pair()
-    g["steps"], w["steps"] = torch.tensor(3), torch.tensor(5)
-    assert list(cx.magnitude_threshold(g)) == ["t0", "t1"]
-    cx.align_(w, g, cx.magnitude_threshold(g))
-    cx.average_(g, w)
-    assert (g["steps"].item(), w["steps"].item()) == (3, 5)
-    del g["steps"]
-    cx.align_(w, g, cx.magnitude_threshold(g))
+    out, read = pair()
+    expected = expected_of(call, out, read)
+    differs = ~extra[None]
+    if sides != "read":
+        out["steps"] = extra.clone()
+    if sides != "written":
+        read["steps"] = differs.clone()
+    assert "steps" not in cx.magnitude_threshold(read)
+    call(out, read)
+    assert all(same_bytes(out[name], t) for name, t in expected.items())
+    if sides != "read":
+        assert torch.equal(out["steps"], extra)
+    if sides != "written":
+        assert torch.equal(read["steps"], differs)
+
+
+@pytest.mark.parametrize(("call", "who", "other"), WRITERS)
+def test_integers_in_place_of_weights(call: Call, who: str, other: str) -> None:
+    """A tensor to write is not left alone because the other side has integers there."""
+    out, read = pair()
+    whole = torch.zeros(7, dtype=torch.int64)
+    refuse(call, out, read | {"t1": whole}, TypeError, f"{other}.*'t1'.*int64")
 
 
 # ---- autograd ------------------------------------------------------------------------------------

@@ -582,3 +582,43 @@ def test_messages_name_task_and_tensor_once_each() -> None:
 def test_numpy_arrays_are_no_tensors() -> None:
     with pytest.raises(TypeError, match=r"'w'.*ndarray"):
         cx.unify({"a": {"w": np.ones(3)}}, None)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("wrong", [[torch.ones(5)], torch.nn.Linear(2, 3), None, 0.5])
+def test_models_that_are_no_mappings(wrong: Any) -> None:
+    """A module or a list of its parameters: the message says what to use."""
+    base = base_model()
+    state = cx.unify({"old": tuned(base, 2)}, base)
+    actions: list[tuple[str, Callable[[], Any]]] = [
+        ("task 'new'", lambda: cx.unify({"new": wrong}, base)),
+        ("task 'new'", lambda: cx.unify({"new": wrong}, None)),
+        ("task 'new'", lambda: cx.absorb(state, "new", wrong, base)),
+        ("task 'new'", lambda: cx.absorb_(state, "new", wrong, base)),
+        ("out", lambda: cx.decouple_(state, "old", base, out=wrong)),
+        ("pretrained", lambda: state.record_base(wrong)),
+    ]
+    if wrong is not None:
+        actions += [
+            ("pretrained", lambda: cx.unify({"new": tuned(base)}, wrong)),
+            ("pretrained", lambda: cx.absorb(state, "new", tuned(base), wrong)),
+            ("pretrained", lambda: cx.absorb_(state, "new", tuned(base), wrong)),
+            ("pretrained", lambda: cx.decouple(state, "old", wrong)),
+        ]
+    before = snapshot(state)
+    hint = r"use dict\(module\.named_parameters\(\)\) or module\.state_dict\(\)"
+    for who, action in actions:
+        with pytest.raises(TypeError, match=f"^{who}: .* got {type(wrong).__name__}; {hint}"):
+            action()
+    assert_unchanged(state, before)
+
+
+def test_negated_views_are_not_written() -> None:
+    """The imaginary part of a conjugate: its memory holds the values with the other sign."""
+    base = base_model()
+    state = cx.unify({"old": tuned(base)}, base)
+    out = tuned(base, 3)
+    out["enc.bias"] = torch.complex(torch.zeros(5), torch.ones(5)).conj().imag
+    before = {name: t.clone() for name, t in out.items()}
+    with pytest.raises(ValueError, match=r"out, tensor 'enc\.bias': is a negated view"):
+        cx.decouple_(state, "old", base, out=out)
+    assert all(torch.equal(t, before[name]) for name, t in out.items())
