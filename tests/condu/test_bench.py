@@ -14,13 +14,13 @@ from condu.bench.baselines.compiled import PART
 from condu.bench.baselines.flat import GROUP, groups
 from condu.bench.cases import OPERATIONS, PRECISIONS, Case, cases_of
 from condu.bench.ceiling import Copy
-from condu.bench.check import WrongResult, different_elements, sample
+from condu.bench.check import WrongBaseline, WrongResult, different_elements, sample
 from condu.bench.inputs import Inputs, task_name
 from condu.bench.measure import Times, paired, repeated
 from condu.bench.memory import available_memory, peak_memory
 from condu.bench.operation import operation_of
 from condu.bench.shapes import MODELS, largest, parameters
-from condu.bench.suite import FAILED, MEASURED, NO_MEMORY, Settings, Suite
+from condu.bench.suite import FAILED, MEASURED, NO_MEMORY, WRONG, Settings, Suite
 
 CPU = torch.device("cpu")
 TOY = {"weight": (33, 65), "empty": (0, 3), "scalar": (), "kernel": (5, 3, 2, 2), "bias": (513,)}
@@ -255,11 +255,37 @@ def test_a_baseline_that_differs_is_counted_and_beyond_rounding_refused() -> Non
     theirs.masks[1]["bias"][2] ^= True
     assert different_elements(result, theirs, "eager") == 3
     theirs.delta["weight"] *= 2
-    with pytest.raises(WrongResult, match=r"eager: \d+ of 2719 elements"):
+    with pytest.raises(WrongBaseline, match=r"eager: \d+ of 2719 elements") as caught:
+        different_elements(result, theirs, "eager")
+    assert caught.value.different is not None
+    assert caught.value.different > 2000
+    theirs.rescalers[1] *= 1.001
+    with pytest.raises(WrongBaseline, match="eager: rescaler of task 1 is"):
         different_elements(result, theirs, "eager")
 
 
-def test_a_suite_stops_at_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_experts_may_be_rounded_once_where_a_compiler_contracts(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    theta_0 = (0.02 * torch.randn(100_000, generator=generator)).to(dtype)
+    u = 1e-3 * torch.randn(100_000, generator=generator)
+    ours = {"w": (theta_0.float() + 1.3 * u).to(dtype)}
+    fused = (theta_0.double() + torch.tensor(1.3).double() * u.double()).float().to(dtype)
+    near = different_elements(ours, {"w": fused}, "compile", {"w": theta_0})
+    assert (near > 1000) == (dtype == torch.float32)
+    if dtype == torch.float32:
+        with pytest.raises(WrongBaseline, match="elements"):
+            different_elements(ours, {"w": fused}, "eager")
+    wrong = ours["w"].clone()
+    wrong[:50] += 4 * torch.finfo(dtype).eps * (1 + wrong[:50].abs())
+    wrong[50] = torch.nan
+    with pytest.raises(WrongBaseline, match="compile: 51 of 100000"):
+        different_elements(ours, {"w": wrong}, "compile", {"w": theta_0})
+
+
+def test_a_wrong_kernel_is_a_row_and_the_next_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def flipped(*arguments: Any, **options: Any) -> cx.UnifiedDelta:
         state = unify(*arguments, **options)
         state.delta["weight"][3] *= -1
@@ -267,8 +293,25 @@ def test_a_suite_stops_at_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> Non
 
     unify = cx.unify
     monkeypatch.setattr(cx, "unify", flipped)
-    with pytest.raises(WrongResult, match="differs from the reference in 65 of 2145"):
-        toy_suite().measure(Case("unify", "toy", 2))
+    wrong, right = toy_suite().run([Case("unify", "toy", 2), Case("absorb", "toy", 2)])
+    assert (wrong.status, wrong.seconds) == (WRONG, None)
+    assert "differs from the reference in 65 of 2145" in wrong.reason
+    assert right.status == MEASURED
+
+
+def test_a_wrong_baseline_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flipped(*arguments: Any) -> Any:
+        state = unify(*arguments)
+        state.delta["weight"][3] *= -1
+        return state
+
+    unify = BASELINES["eager"].unify
+    monkeypatch.setattr(BASELINES["eager"], "unify", flipped)
+    result = toy_suite(baselines=("eager",)).measure(Case("unify", "toy", 2))
+    assert result.status == MEASURED
+    failed = result.baselines["eager"]
+    assert (failed.status, failed.seconds, failed.different) == (FAILED, None, 65)
+    assert "65 of 2719 elements are not the kernel's" in failed.reason
 
 
 # ---- measuring -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import condu_ext as cx
 from condu.bench import command
 from condu.bench.cases import OPERATIONS, Case
 from condu.bench.plot import save_plot
@@ -196,6 +197,38 @@ app(sys.argv[1:])
     assert ran.returncode == 0, ran.stderr
     assert 'no bench.png: it needs matplotlib, which comes with "condu[train]"' in ran.stdout
     assert {file.name for file in Path("found").iterdir()} == {"bench.json", "bench.md"}
+
+
+def test_a_wrong_kernel_fails_the_command_and_keeps_the_other_cases(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def flipped(*arguments: Any, **options: Any) -> Any:
+        state = absorb(*arguments, **options)
+        state.delta["weight"][3] *= -1
+        return state
+
+    absorb = cx.absorb
+    monkeypatch.setattr(cx, "absorb", flipped)
+    options = ("--quick", "--models", "toy", "--tasks", 2, "--no-baselines", "--out", "found")
+    result = bench(*options, "--ops", "absorb,decouple_")
+    assert result.exit_code == 1
+    assert "error: absorb toy fp32 T=2, tensor weight: unified delta differs" in result.stderr
+    wrong, right = read_record(Path("found/bench.json"))["cases"]
+    assert (wrong["status"], right["status"]) == ("wrong result", "measured")
+    assert "| wrong result |" in Path("found/bench.md").read_text()
+
+
+def test_what_was_measured_survives_a_case_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(cx, "unify", broken)
+    options = ("--quick", "--models", "toy", "--tasks", 2, "--no-baselines", "--out", "found")
+    result = bench(*options, "--ops", "absorb,unify")
+    assert result.exit_code != 0
+    (case,) = read_record(Path("found/bench.json"))["cases"]
+    assert (case["operation"], case["status"]) == ("absorb", "measured")
+    assert [file.name for file in Path("found").iterdir()] == ["bench.json"]
 
 
 # ---- tables and pictures -------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def case_record(result: CaseResult) -> Record:
     return entry
 
 
+@cache
 def machine(device: torch.device) -> Record:
     """Hardware, instruction set in use, threads, versions."""
     info = cx.build_info()
@@ -130,6 +132,7 @@ def _first_block(file: Path) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+@cache
 def _commit() -> str | None:
     """Commit of the checkout that the package lies in, with a plus if files were changed."""
     here = str(Path(__file__).parent)
