@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import condu_ext as cx
-from condu.bench.ceiling import Copy, cache_bytes
+from condu.bench.ceiling import Copy, cache_bytes, huge_pages
 from condu.bench.suite import CaseResult, Settings
 
 FORMAT = 1
@@ -90,6 +90,7 @@ def machine(device: torch.device) -> Record:
         "cores": os.cpu_count(),
         "cpu_flags": [flag for flag in _FLAGS if flag in flags],
         "cache_bytes": cache_bytes(torch.device("cpu")),
+        "transparent_hugepages": huge_pages(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "isa": info["cpu_isa"],
         "threads": info["threads"],

@@ -67,8 +67,12 @@ def _row(case: Record, baselines: Sequence[str]) -> list[str]:
         digits(case["bytes_per_second"] / 1e9),
         f"{100 * case['ratio']:.0f}",
         *(speedup(case["baselines"].get(name)) for name in baselines),
-        f"{case['peak_extra_bytes'] / 2**20:,.0f}",
+        _mebibytes(case["peak_extra_bytes"]),
     ]
+
+
+def _mebibytes(size: int | None) -> str:
+    return UNDEFINED if size is None else f"{size / 2**20:,.0f}"
 
 
 def speedup(baseline: dict[str, Any] | None) -> str:
