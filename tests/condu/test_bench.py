@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import condu_ext as cx
-from condu.bench import check, suite
+from condu.bench import check, suite, sums
 from condu.bench.baselines import BASELINES
 from condu.bench.baselines.compiled import PART
 from condu.bench.baselines.flat import GROUP, groups
@@ -215,18 +215,31 @@ def test_estimated_memory_is_near_what_a_baseline_takes(name: str, operation: st
 # ---- checking ------------------------------------------------------------------------------------
 
 
-def test_the_sample_has_the_end_of_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sample_has_start_middle_and_end_of_every_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(check, "SAMPLE", 2048)
+    monkeypatch.setitem(TOY, "weight", (3, 1111))
     parts = sample(TOY)
-    assert parts["weight"] == slice(1536, 2145)
-    assert parts["empty"] == slice(0, 0)
-    assert parts["bias"] == slice(0, 513)
+    assert parts["weight"] == [slice(0, 512), slice(1024, 1536), slice(2560, 3333)]
+    assert parts["empty"] == [slice(0, 0)]
+    assert parts["bias"] == [slice(0, 513)]
+    assert sample({"a": (2560,), "b": (2561,)}) == {
+        "a": [slice(0, 2560)],
+        "b": [slice(0, 512), slice(1024, 1536), slice(2048, 2561)],
+    }
     for operation in OPERATIONS:
         case = Case(operation, "toy", 3)
         bound = operation_of(case, inputs_of(case))
         assert bound.check(bound.run(bound.prepare())) == sum(
-            p.stop - p.start for p in parts.values()
+            p.stop - p.start for slices in parts.values() for p in slices
         )
+        for element in (0, 511, 1024, 1535, 2560, 3332):
+            result = bound.run(bound.prepare())
+            values = result if operation == "decouple_" else result.delta
+            values["weight"].view(-1)[element] += 1e-6
+            with pytest.raises(WrongResult, match="tensor weight"):
+                bound.check(result)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -238,6 +251,42 @@ def test_a_wrong_result_is_found(operation: str) -> None:
     values["bias"][512] += 1e-6
     with pytest.raises(WrongResult, match="tensor bias"):
         bound.check(result)
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "decouple_"])
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("den", "tensor bias: .*: sum of M.u. is .*, in float64 "),
+        ("num", "tensor bias: .*: sum of .d. is .*, in float64 "),
+        ("rescaler", ": rescaler of .* is .*, in float64 "),
+    ],
+)
+def test_wrong_sums_are_found(operation: str, broken: str, message: str) -> None:
+    case = Case(operation, "toy", 3, "bf16/bf16")
+    bound = operation_of(case, inputs_of(case))
+    result = bound.run(bound.prepare())
+    bound.check(result)
+    position = list(TOY).index("bias")
+    getattr(result.arenas[0], broken)[-1, position if broken != "rescaler" else 0] *= 1 + 1e-5
+    with pytest.raises(WrongResult, match=message):
+        bound.check(result)
+
+
+def test_sums_are_checked_of_the_largest_and_the_smallest_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sums, "SAMPLE", 62)
+    monkeypatch.setattr(sums, "PART", 64)
+    case = Case("absorb_", "toy", 3)
+    bound = operation_of(case, inputs_of(case))
+    result = bound.run(bound.prepare())
+    norms = {(task, name): num for (task, name), (num, _) in sums.sums_of(result).items()}
+    chosen = sums.require_sums(result, lambda task, name: norms[task, name], "toy")
+    assert chosen == {"weight": 2145, "empty": 0, "scalar": 1, "kernel": 60}
+    result.arenas[0].den[0, 0] *= 1 + 1e-5
+    with pytest.raises(WrongResult, match="toy, tensor weight: task 0: sum of M.u. is"):
+        sums.require_sums(result, lambda task, name: norms[task, name], "toy")
 
 
 def test_a_wrong_mask_bit_is_found() -> None:

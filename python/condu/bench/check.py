@@ -1,7 +1,7 @@
 """Is what was timed right? Bit for bit against the reference, and against every baseline that runs.
 
-The reference is slow and takes much memory, so it checks the last elements of every tensor, in all
-:data:`SAMPLE` of them. Unified delta, masks and experts are computed element by element from the
+The reference is slow and takes much memory, so it checks the first, middle and last elements of
+every tensor, in all :data:`SAMPLE` of them. Unified delta, masks and experts are computed element by element from the
 incoming state, which is what makes parts comparable. Baselines are compared on every element.
 """
 
@@ -47,14 +47,34 @@ class WrongBaseline(RuntimeError):
         self.different = different
 
 
-def sample(shapes: Shapes) -> dict[str, slice]:
-    """The last elements of every tensor, from a multiple of :data:`ALIGN` on; all of them where
-    the model is small."""
+Parts = Mapping[str, Sequence[slice]]
+"""Elements of each tensor by name; every slice but the last ends at a multiple of ALIGN."""
+
+
+def sample(shapes: Shapes) -> dict[str, list[slice]]:
+    """The first, some middle and the last elements of every tensor, each from a multiple of
+    :data:`ALIGN` on; the whole of a small tensor, and of every tensor of a small model."""
+    each = max(ALIGN, SAMPLE // len(shapes) // 3 // ALIGN * ALIGN)
     if parameters(shapes) <= SAMPLE:
-        return {name: slice(0, math.prod(shape)) for name, shape in shapes.items()}
-    each = max(ALIGN, SAMPLE // len(shapes) // ALIGN * ALIGN)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    return {name: slice(max(0, (n - each) // ALIGN * ALIGN), n) for name, n in sizes.items()}
+        each = SAMPLE
+    return {name: _slices(math.prod(shape), each) for name, shape in shapes.items()}
+
+
+def _slices(numel: int, each: int) -> list[slice]:
+    if numel <= 3 * each + 2 * ALIGN:
+        return [slice(0, numel)]
+    middle, last = ((numel - each) // k // ALIGN * ALIGN for k in (2, 1))
+    return [slice(0, each), slice(middle, middle + each), slice(last, numel)]
+
+
+def cut(flat: Tensor, parts: Sequence[slice]) -> Tensor:
+    """The elements in ``parts`` of a flat tensor, one after another."""
+    return torch.cat([flat[part] for part in parts])
+
+
+def count(parts: Parts) -> int:
+    """Number of elements."""
+    return sum(part.stop - part.start for slices in parts.values() for part in slices)
 
 
 @dataclass
@@ -74,18 +94,17 @@ class Excerpt:
             require_same_bits(ours[:packed], theirs[:packed], f"{what}: mask {t}")
 
 
-def excerpts(state: cx.UnifiedDelta, parts: Mapping[str, slice]) -> dict[str, Excerpt]:
+def excerpts(state: cx.UnifiedDelta, parts: Parts) -> dict[str, Excerpt]:
     """Copies of some elements of every tensor of a state."""
     rescalers = [rescaler_of(state, task) for task in state.tasks]
     found = {}
     for name, u in state.delta.items():
-        flat = u.view(-1)[parts[name]]
+        flat = cut(u.view(-1), parts[name])
         table = torch.tensor(rescalers, device=u.device).view(-1, 1)
         found[name] = Excerpt(_padded(flat, len(flat)), [], table, len(flat))
     for task in state.tasks:
         for name, packed in state.packed_mask(task).items():
-            part = parts[name]
-            bits = packed[part.start // 8 : (part.stop + 7) // 8]
+            bits = cut(packed, [slice(p.start // 8, (p.stop + 7) // 8) for p in parts[name]])
             found[name].planes.append(_padded(bits, found[name].numel, 8))
     return found
 
@@ -116,17 +135,17 @@ def different_elements(
         WrongBaseline: more than rounding explains, or rescalers that are not equal to 1e-5.
     """
     if isinstance(theirs, Triggered):
-        total, count = _different_state(ours, theirs, what)
-        beyond = count
+        total, different = _different_state(ours, theirs, what)
+        beyond = different
     else:
         total = sum(t.numel() for t in ours.values())
-        count = sum(int((ours[name] != theirs[name]).sum()) for name in ours)
-        beyond = count
+        different = sum(int((ours[name] != theirs[name]).sum()) for name in ours)
+        beyond = different
         if base is not None:
             beyond = sum(_beyond_rounding(ours[n], theirs[n], base[n]) for n in ours)
     if beyond > max(4, DIFFERENT * total):
         raise WrongBaseline(f"{what}: {beyond} of {total} elements are not the kernel's", beyond)
-    return count
+    return different
 
 
 def _beyond_rounding(ours: Tensor, theirs: Tensor, base: Tensor) -> int:
