@@ -1,8 +1,9 @@
 """Is what was timed right? Bit for bit against the reference, and against every baseline that runs.
 
 The reference is slow and takes much memory, so it checks the first, middle and last elements of
-every tensor, in all :data:`SAMPLE` of them. Unified delta, masks and experts are computed element by element from the
-incoming state, which is what makes parts comparable. Baselines are compared on every element.
+every tensor, in all :data:`SAMPLE` of them. Unified delta, masks and experts are computed element
+by element from the incoming state, which is what makes parts comparable. Sums are
+the matter of :mod:`condu.bench.sums`. Baselines are compared on every element.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ stored. Whole tensors: the largest, whose sums have the most chunks, and then fr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,22 +22,17 @@ PART = 1 << 20
 CLOSE = 1e-6
 
 
-def require_sums(
-    state: cx.UnifiedDelta, norm: Callable[[str, str], float], what: str
-) -> dict[str, int]:
+def require_sums(state: cx.UnifiedDelta, norm: Callable[[str, str], float], what: str) -> None:
     """Check Σ|d|, Σ M·|u| and λ of every task to :data:`CLOSE`.
 
     Args:
         norm: Σ|d| of a task and a tensor, as it has to be.
 
-    Returns:
-        Numbers of elements of the tensors that were summed, by name.
-
     Raises:
         WrongResult: naming the task and the tensor.
     """
     delta, found = state.delta, sums_of(state)
-    chosen = _chosen({name: u.numel() for name, u in delta.items()})
+    chosen = summed_tensors({name: u.numel() for name, u in delta.items()})
     for task in state.tasks:
         packed = state.packed_mask(task)
         for name in chosen:
@@ -50,7 +45,6 @@ def require_sums(
         )
         expected = num / den if den else 0.0
         _require_close(rescaler_of(state, task), expected, f"{what}: rescaler of {task}")
-    return chosen
 
 
 def sums_of(state: cx.UnifiedDelta) -> dict[tuple[str, str], tuple[float, float]]:
@@ -81,16 +75,16 @@ def _masked_norm(u: Tensor, packed: Tensor) -> float:
     return float(total)
 
 
-def _chosen(sizes: dict[str, int]) -> dict[str, int]:
+def summed_tensors(sizes: Mapping[str, int]) -> list[str]:
     """The largest tensor, then from the smallest on until they have :data:`SAMPLE` elements."""
     smallest_first = sorted(sizes, key=lambda name: sizes[name])
-    chosen = {name: sizes[name] for name in smallest_first[-1:]}
+    chosen = smallest_first[-1:]
     total = 0
     for name in smallest_first[:-1]:
         total += sizes[name]
         if total > SAMPLE:
             break
-        chosen[name] = sizes[name]
+        chosen.append(name)
     return chosen
 
 
