@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from condu.bench.record import Record, read_record
-from condu.bench.table import machine_line, table
+from condu.bench.table import legend, machine_line, table
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- benchmarks: written by benchmarks/readme_table.py -->"
@@ -58,6 +58,9 @@ def lines_of(records: Sequence[tuple[Path, Record]]) -> list[str]:
                 *table(shown, record["settings"]["baselines"]),
                 "",
             ]
+    if records:
+        for note in legend():
+            lines += [note, ""]
     return lines
 
 

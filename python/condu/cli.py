@@ -149,15 +149,20 @@ def bench(
 ) -> None:
     """How fast the kernels are here, beside a copy of memory and pure PyTorch."""
     with _errors("bench", debug):
-        from condu.bench.command import Options, measure, write
+        from condu.bench.command import Options, measure, write, wrong_results
         from condu.bench.table import lines_of
 
         chosen = "" if no_baselines else baselines
         options = Options(ops, models, tasks, dtypes, device, repeats, chosen, quick)
-        record = measure(options, lambda line: print(line, flush=True))
+        folder = out or _free(Path("runs", "bench"))
+        record = measure(options, lambda line: print(line, flush=True), folder)
         print("", *lines_of(record), "", sep="\n")
-        for line in write(record, out or _free(Path("runs", "bench"))):
+        for line in write(record, folder):
             print(line)
+        if wrong := wrong_results(record):
+            for line in wrong:
+                print(f"error: {line}", file=sys.stderr)
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import condu_ext as cx
-from condu.bench import check, suite
+from condu.bench import check, suite, sums
 from condu.bench.baselines import BASELINES
 from condu.bench.baselines.compiled import PART
 from condu.bench.baselines.flat import GROUP, groups
 from condu.bench.cases import OPERATIONS, PRECISIONS, Case, cases_of
-from condu.bench.ceiling import Copy
-from condu.bench.check import WrongResult, different_elements, sample
+from condu.bench.ceiling import Copy, huge_pages
+from condu.bench.check import WrongBaseline, WrongResult, different_elements, sample
 from condu.bench.inputs import Inputs, task_name
 from condu.bench.measure import Times, paired, repeated
 from condu.bench.memory import available_memory, peak_memory
 from condu.bench.operation import operation_of
 from condu.bench.shapes import MODELS, largest, parameters
-from condu.bench.suite import FAILED, MEASURED, NO_MEMORY, Settings, Suite
+from condu.bench.suite import FAILED, MEASURED, NO_MEMORY, WRONG, Settings, Suite
 
 CPU = torch.device("cpu")
 TOY = {"weight": (33, 65), "empty": (0, 3), "scalar": (), "kernel": (5, 3, 2, 2), "bias": (513,)}
@@ -79,7 +80,7 @@ def test_models_have_their_published_sizes(model: str, expected: int) -> None:
         ("unify", "bf16", 2 * 9 + 4 + 1),
         ("absorb", "fp32", 16 + 17 / 8),
         ("absorb_", "bf16/bf16", 8 + 17 / 8),
-        ("absorb_+check", "fp16", 4 + 8 + 4 + 17 / 8),
+        ("absorb_+check", "fp16", 4 + 8 + 17 / 8),
         ("decouple_", "fp32", 12 + 1 / 8),
         ("decouple_", "bf16", 4 + 4 + 1 / 8),
         ("merge", "bf16/bf16", 6 + 2),
@@ -207,24 +208,38 @@ def test_estimated_memory_is_near_what_a_baseline_takes(name: str, operation: st
     with peak_memory(CPU) as peak:
         bound.baseline(baseline)()
     estimate = baseline.extra_bytes(case, CPU)
+    assert peak.extra is not None
     assert 0.4 * estimate < peak.extra < 1.2 * estimate + (8 << 20)
 
 
 # ---- checking ------------------------------------------------------------------------------------
 
 
-def test_the_sample_has_the_end_of_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sample_has_start_middle_and_end_of_every_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(check, "SAMPLE", 2048)
+    monkeypatch.setitem(TOY, "weight", (3, 1111))
     parts = sample(TOY)
-    assert parts["weight"] == slice(1536, 2145)
-    assert parts["empty"] == slice(0, 0)
-    assert parts["bias"] == slice(0, 513)
+    assert parts["weight"] == [slice(0, 512), slice(1024, 1536), slice(2560, 3333)]
+    assert parts["empty"] == [slice(0, 0)]
+    assert parts["bias"] == [slice(0, 513)]
+    assert sample({"a": (2560,), "b": (2561,)}) == {
+        "a": [slice(0, 2560)],
+        "b": [slice(0, 512), slice(1024, 1536), slice(2048, 2561)],
+    }
     for operation in OPERATIONS:
         case = Case(operation, "toy", 3)
         bound = operation_of(case, inputs_of(case))
         assert bound.check(bound.run(bound.prepare())) == sum(
-            p.stop - p.start for p in parts.values()
+            p.stop - p.start for slices in parts.values() for p in slices
         )
+        for element in (0, 511, 1024, 1535, 2560, 3332):
+            result = bound.run(bound.prepare())
+            values = result if operation == "decouple_" else result.delta
+            values["weight"].view(-1)[element] += 1e-6
+            with pytest.raises(WrongResult, match="tensor weight"):
+                bound.check(result)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -236,6 +251,43 @@ def test_a_wrong_result_is_found(operation: str) -> None:
     values["bias"][512] += 1e-6
     with pytest.raises(WrongResult, match="tensor bias"):
         bound.check(result)
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "decouple_"])
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("den", "tensor bias: .*: sum of M.u. is .*, in float64 "),
+        ("num", "tensor bias: .*: sum of .d. is .*, in float64 "),
+        ("rescaler", ": rescaler of .* is .*, in float64 "),
+    ],
+)
+def test_wrong_sums_are_found(operation: str, broken: str, message: str) -> None:
+    case = Case(operation, "toy", 3, "bf16/bf16")
+    bound = operation_of(case, inputs_of(case))
+    result = bound.run(bound.prepare())
+    bound.check(result)
+    position = list(TOY).index("bias")
+    getattr(result.arenas[0], broken)[-1, position if broken != "rescaler" else 0] *= 1 + 1e-5
+    with pytest.raises(WrongResult, match=message):
+        bound.check(result)
+
+
+def test_sums_are_checked_of_the_largest_and_the_smallest_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sums, "SAMPLE", 62)
+    monkeypatch.setattr(sums, "PART", 64)
+    case = Case("absorb_", "toy", 3)
+    bound = operation_of(case, inputs_of(case))
+    result = bound.run(bound.prepare())
+    norms = {(task, name): num for (task, name), (num, _) in sums.sums_of(result).items()}
+    sums.require_sums(result, lambda task, name: norms[task, name], "toy")
+    sizes = {name: u.numel() for name, u in result.delta.items()}
+    assert sums.summed_tensors(sizes) == ["weight", "empty", "scalar", "kernel"]
+    result.arenas[0].den[0, 0] *= 1 + 1e-5
+    with pytest.raises(WrongResult, match=r"toy, tensor weight: task 0: sum of M\|u\| is"):
+        sums.require_sums(result, lambda task, name: norms[task, name], "toy")
 
 
 def test_a_wrong_mask_bit_is_found() -> None:
@@ -255,11 +307,37 @@ def test_a_baseline_that_differs_is_counted_and_beyond_rounding_refused() -> Non
     theirs.masks[1]["bias"][2] ^= True
     assert different_elements(result, theirs, "eager") == 3
     theirs.delta["weight"] *= 2
-    with pytest.raises(WrongResult, match=r"eager: \d+ of 2719 elements"):
+    with pytest.raises(WrongBaseline, match=r"eager: \d+ of 2719 elements") as caught:
+        different_elements(result, theirs, "eager")
+    assert caught.value.different is not None
+    assert caught.value.different > 2000
+    theirs.rescalers[1] *= 1.001
+    with pytest.raises(WrongBaseline, match="eager: rescaler of task 1 is"):
         different_elements(result, theirs, "eager")
 
 
-def test_a_suite_stops_at_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_experts_may_be_rounded_once_where_a_compiler_contracts(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    theta_0 = (0.02 * torch.randn(100_000, generator=generator)).to(dtype)
+    u = 1e-3 * torch.randn(100_000, generator=generator)
+    ours = {"w": (theta_0.float() + 1.3 * u).to(dtype)}
+    fused = (theta_0.double() + torch.tensor(1.3).double() * u.double()).float().to(dtype)
+    near = different_elements(ours, {"w": fused}, "compile", {"w": theta_0})
+    assert (near > 1000) == (dtype == torch.float32)
+    if dtype == torch.float32:
+        with pytest.raises(WrongBaseline, match="elements"):
+            different_elements(ours, {"w": fused}, "eager")
+    wrong = ours["w"].clone()
+    wrong[:50] += 4 * torch.finfo(dtype).eps * (1 + wrong[:50].abs())
+    wrong[50] = torch.nan
+    with pytest.raises(WrongBaseline, match="compile: 51 of 100000"):
+        different_elements(ours, {"w": wrong}, "compile", {"w": theta_0})
+
+
+def test_a_wrong_kernel_is_a_row_and_the_next_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def flipped(*arguments: Any, **options: Any) -> cx.UnifiedDelta:
         state = unify(*arguments, **options)
         state.delta["weight"][3] *= -1
@@ -267,8 +345,25 @@ def test_a_suite_stops_at_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> Non
 
     unify = cx.unify
     monkeypatch.setattr(cx, "unify", flipped)
-    with pytest.raises(WrongResult, match="differs from the reference in 65 of 2145"):
-        toy_suite().measure(Case("unify", "toy", 2))
+    wrong, right = toy_suite().run([Case("unify", "toy", 2), Case("absorb", "toy", 2)])
+    assert (wrong.status, wrong.seconds) == (WRONG, None)
+    assert "differs from the reference in 65 of 2145" in wrong.reason
+    assert right.status == MEASURED
+
+
+def test_a_wrong_baseline_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flipped(*arguments: Any) -> Any:
+        state = unify(*arguments)
+        state.delta["weight"][3] *= -1
+        return state
+
+    unify = BASELINES["eager"].unify
+    monkeypatch.setattr(BASELINES["eager"], "unify", flipped)
+    result = toy_suite(baselines=("eager",)).measure(Case("unify", "toy", 2))
+    assert result.status == MEASURED
+    failed = result.baselines["eager"]
+    assert (failed.status, failed.seconds, failed.different) == (FAILED, None, 65)
+    assert "65 of 2719 elements are not the kernel's" in failed.reason
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -303,9 +398,46 @@ def test_the_copy_copies() -> None:
     assert copy.moved == 1 << 13
 
 
+@pytest.mark.skipif(huge_pages() is None, reason="a system without transparent huge pages")
+def test_the_copy_may_have_huge_pages() -> None:
+    copy = Copy(CPU, 1 << 22)
+    for tensor in (copy.source, copy.target):
+        assert "hg" in flags_of_pages(tensor.data_ptr())
+
+
+def flags_of_pages(address: int) -> list[str]:
+    """What the system says of the mapping that an address lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            start, end = (int(number, 16) for number in words[0].split("-"))
+            inside = start <= address < end
+        elif inside and words[0] == "VmFlags:":
+            return words[1:]
+    return []
+
+
 def test_calls_stop_when_their_time_is_up() -> None:
     assert len(repeated(lambda: None, lambda _: None, CPU, 4, budget=100.0)) == 4
     assert len(repeated(lambda: None, lambda _: None, CPU, 4, budget=0.0)) == 1
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_slow_baseline_is_called_once_after_compiling(
+    compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return unify(*arguments)
+
+    calls: list[int] = []
+    eager = BASELINES["eager"]
+    unify = eager.unify
+    monkeypatch.setattr(eager, "unify", counted)
+    monkeypatch.setattr(eager, "compiles", compiles)
+    toy_suite(baselines=("eager",), patience=0.0).measure(Case("unify", "toy", 2))
+    assert len(calls) == 1 + compiles
 
 
 def test_a_slow_baseline_has_one_call() -> None:
@@ -373,7 +505,29 @@ def test_memory_that_is_taken_shows() -> None:
     assert before > 0
     with peak_memory(CPU) as peak:
         kept = torch.ones(16 << 20)
+    assert peak.extra is not None
     assert kept.nbytes <= peak.extra < kept.nbytes + (8 << 20)
+
+
+def test_a_peak_that_the_system_hides_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("condu.bench.memory._CLEAR", tmp_path / "missing" / "clear_refs")
+    result = toy_suite().measure(Case("unify", "toy", 2))
+    assert (result.status, result.peak_extra_bytes) == (MEASURED, None)
+
+
+def test_a_control_group_s_page_cache_is_not_used_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("condu.bench.memory._CGROUP", tmp_path)
+    free = available_memory(CPU)  # without the files, as under version 1
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 300000\nactive_file 100000\n")
+    assert available_memory(CPU) == 1_000_000 - 900_000 + 400_000 < free
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory(CPU) > 1_000_000
 
 
 def test_the_largest_tensor() -> None:

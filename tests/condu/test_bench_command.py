@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import condu_ext as cx
 from condu.bench import command
 from condu.bench.cases import OPERATIONS, Case
-from condu.bench.plot import save_plot
+from condu.bench.plot import figure_of, save_plot
 from condu.bench.record import FORMAT, read_record
 from condu.bench.shapes import MODELS
 from condu.bench.suite import NO_MEMORY
-from condu.bench.table import digits, lines_of, table
+from condu.bench.table import digits, legend, lines_of, table
 from condu.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -198,6 +199,38 @@ app(sys.argv[1:])
     assert {file.name for file in Path("found").iterdir()} == {"bench.json", "bench.md"}
 
 
+def test_a_wrong_kernel_fails_the_command_and_keeps_the_other_cases(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def flipped(*arguments: Any, **options: Any) -> Any:
+        state = absorb(*arguments, **options)
+        state.delta["weight"][3] *= -1
+        return state
+
+    absorb = cx.absorb
+    monkeypatch.setattr(cx, "absorb", flipped)
+    options = ("--quick", "--models", "toy", "--tasks", 2, "--no-baselines", "--out", "found")
+    result = bench(*options, "--ops", "absorb,decouple_")
+    assert result.exit_code == 1
+    assert "error: absorb toy fp32 T=2, tensor weight: unified delta differs" in result.stderr
+    wrong, right = read_record(Path("found/bench.json"))["cases"]
+    assert (wrong["status"], right["status"]) == ("wrong result", "measured")
+    assert "| wrong result |" in Path("found/bench.md").read_text()
+
+
+def test_what_was_measured_survives_a_case_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(cx, "unify", broken)
+    options = ("--quick", "--models", "toy", "--tasks", 2, "--no-baselines", "--out", "found")
+    result = bench(*options, "--ops", "absorb,unify")
+    assert result.exit_code != 0
+    (case,) = read_record(Path("found/bench.json"))["cases"]
+    assert (case["operation"], case["status"]) == ("absorb", "measured")
+    assert [file.name for file in Path("found").iterdir()] == ["bench.json"]
+
+
 # ---- tables and pictures -------------------------------------------------------------------------
 
 
@@ -225,13 +258,19 @@ def test_the_text_says_how_it_was_measured() -> None:
     for words in (
         "beads",
         "20.0 GB/s",
-        "bit for bit (1,000 elements",
+        "first, middle and last elements of every tensor (1,000 elements a case;",
         "straightforward 2",
+        "reads them twice",
+        "make a new state as `absorb` does",
+        "¹ of a single timed call",
     ):
         assert words in text
-    assert "¹ one call" in text
-    fast = case_of(baselines={})
-    assert "¹" not in "\n".join(lines_of(record_with(fast)))
+    failed = {"status": "failed", "reason": "not right", "seconds": None, "speedup": None}
+    text = "\n".join(lines_of(record_with(case_of(baselines={"compile": failed}))))
+    assert "compile failed on absorb_ ViT-B-16 fp32 T=8: not right" in text
+    assert "¹ one call: it took longer than 5 s" in "\n".join(lines_of(record_with(case_of())))
+    fast = record_with(case_of(baselines={}))
+    assert "¹ one call" not in "\n".join(lines_of(fast))
 
 
 @pytest.mark.parametrize(
@@ -249,13 +288,34 @@ def test_a_picture_of_any_number_of_models(models: int) -> None:
         for tasks in (2, 8)
         for dtype in ("fp32", "bf16/bf16")
     ]
-    save_plot(record_with(*cases), Path("some.png"))
-    assert Path("some.png").stat().st_size > 10_000
+    rates, times = figure_of(record_with(*cases)).axes
+    assert len(times.patches) == 0
+    assert [list(line.get_xdata()) for line in times.lines] == [[2, 8]]
+    assert [list(line.get_ydata()) for line in times.lines] == [[200, 200]]
+    *drawn, ceiling = rates.lines
+    assert list(ceiling.get_ydata()) == [100, 100]
+    if models == 1:
+        assert [bar.get_height() for bar in rates.patches] == pytest.approx([87.6, 87.6])
+    else:
+        sizes = [case["parameters"] for case in cases[::4]]
+        assert [list(line.get_xdata()) for line in drawn] == 2 * [sizes]
+        assert {line.get_linestyle() for line in drawn} == {"-", ":"}
+
+
+def test_a_picture_of_one_number_of_tasks_has_the_baselines_that_ran() -> None:
+    cases = [case_of(), case_of(operation="unify")]
+    _, times = figure_of(record_with(*cases)).axes
+    assert [bar.get_height() for bar in times.patches] == [200, 10_000, 200, 10_000]
+    assert len(times.get_legend().get_texts()) == 2
 
 
 def test_a_picture_of_nothing_measured() -> None:
-    save_plot(record_with(case_of(status=NO_MEMORY, seconds=None)), Path("none.png"))
-    assert Path("none.png").exists()
+    record = record_with(case_of(status=NO_MEMORY, seconds=None))
+    rates, times = figure_of(record).axes
+    assert (len(rates.patches), len(times.patches), len(times.lines)) == (0, 0, 0)
+    save_plot(record, Path("none.png"))
+    with Image.open("none.png") as picture:
+        assert picture.width > 1000
 
 
 # ---- README --------------------------------------------------------------------------------------
@@ -300,6 +360,8 @@ def test_the_table_is_written_once_and_checked(readme_table: ModuleType) -> None
     for left_out in ("| old", "ViT-L-14", "| merge |"):
         assert left_out not in text
     assert "benchmarks/results/new/bench.md" in text
+    for note in legend():
+        assert text.count(note) == 1
     assert "CUDA: not measured" in text
 
 

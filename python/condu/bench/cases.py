@@ -1,7 +1,8 @@
 """What is measured: operation, model, tasks, precision; and how many bytes each has to move.
 
 The floors count every input read once and every output written once, masks at one bit an element
-and task. They are what the achieved rate (floor ÷ time) is computed from.
+and task, also where an operation reads its inputs twice. They are what the achieved rate (floor ÷
+time) is computed from.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Case:
             "unify": (tasks + 1) * theta + u,
             "absorb": 2 * theta + 2 * u,
             "absorb_": 2 * theta + 2 * u,
-            "absorb_+check": 4 * theta + 2 * u,
+            "absorb_+check": 2 * theta + 2 * u,
             "decouple_": 2 * theta + u,
             "merge": 3 * u,
         }

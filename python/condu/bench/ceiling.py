@@ -6,14 +6,17 @@ from the device to itself. The rate counts bytes read and bytes written.
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from condu_ext import _C
 
 LEAST = {"cpu": 64 << 20, "cuda": 1 << 30}
 """Bytes of a copy at the least: on a GPU so many that launching it costs nothing beside it."""
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -22,6 +25,23 @@ def cache_bytes(device: torch.device) -> int:
         return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     return max((_bytes(file.read_text().strip()) for file in sizes), default=0)
+
+
+def huge_pages() -> str | None:
+    """Whether the system gives huge pages, with the choice in brackets; None where it has none."""
+    try:
+        return HUGE_PAGES.read_text().strip()
+    except OSError:
+        return None
+
+
+def _buffer(size: int) -> Tensor:
+    """float32 in pages that nobody has touched, huge ones where there are: the kernels ask for them
+    for a new state, and a copy without would be a slower ceiling."""
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge_pages() is not None:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.float32)
 
 
 def _bytes(text: str) -> int:
@@ -45,8 +65,12 @@ class Copy:
             least = LEAST[device.type]
             size = min(max(cache_bytes(device), least), max(memory // 8, 64 << 20))
         generator = torch.Generator(device).manual_seed(7)
-        self.source = torch.randn(size // 4, generator=generator, device=device)
-        self.target = torch.zeros_like(self.source)  # touches its pages
+        if device.type == "cuda":
+            self.source, self.target = torch.empty(2, size // 4, device=device)
+        else:
+            self.source, self.target = _buffer(size // 4 * 4), _buffer(size // 4 * 4)
+        self.source.normal_(generator=generator)
+        self.target.zero_()  # touches its pages
 
     @property
     def moved(self) -> int:
@@ -56,17 +80,16 @@ class Copy:
     @property
     def how(self) -> str:
         """What copies, for the record."""
-        if self.source.is_cuda:
-            return "torch.Tensor.copy_ on the device"
-        return "non-temporal stores" if hasattr(_C, "copy") else "torch.Tensor.copy_"
+        on_gpu = self.source.is_cuda
+        return "torch.Tensor.copy_ on the device" if on_gpu else "non-temporal stores"
 
     def __call__(self) -> None:
-        if not self.source.is_cuda and hasattr(_C, "copy"):
-            _C.copy(
-                self.target.data_ptr(),
-                self.source.data_ptr(),
-                self.source.nbytes,
-                torch.get_num_threads(),
-            )
-        else:
+        if self.source.is_cuda:
             self.target.copy_(self.source)
+            return
+        _C.copy(
+            self.target.data_ptr(),
+            self.source.data_ptr(),
+            self.source.nbytes,
+            torch.get_num_threads(),
+        )

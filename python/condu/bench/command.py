@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from condu.bench.baselines import BASELINES
 from condu.bench.cases import OPERATIONS, Case, cases_of
 from condu.bench.record import Record, record_of
-from condu.bench.suite import Settings, Suite
+from condu.bench.suite import WRONG, CaseResult, Settings, Suite
 from condu.bench.table import lines_of
 
 
@@ -74,15 +75,34 @@ class Options:
         return QUICK if self.quick else DEFAULT
 
 
-def measure(options: Options, say: Callable[[str], None]) -> Record:
-    """Run the suite and return its record.
+def measure(options: Options, say: Callable[[str], None], folder: Path) -> Record:
+    """Run the suite and return its record, which ``folder`` has after every case: nothing that
+    was measured is lost when a later case ends the process.
 
     Raises:
-        ValueError: an option's value. WrongResult: a kernel is not the reference.
+        ValueError: an option's value; nothing is written then.
     """
     cases, settings = options.cases(), options.settings()
     suite = Suite(settings, say)
-    return record_of(settings, suite.copy, suite.run(cases))
+    folder.mkdir(parents=True, exist_ok=True)
+    results: list[CaseResult] = []
+    for result in suite.run(cases):
+        results.append(result)
+        record = record_of(settings, suite.copy, results)
+        _replace(folder / "bench.json", json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file so that a reader finds the old text or the new one, never a part."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    os.replace(part, file)
+
+
+def wrong_results(record: Record) -> list[str]:
+    """A line for each case whose kernel did not compute what the reference does."""
+    return [case["reason"] for case in record["cases"] if case["status"] == WRONG]
 
 
 def write(record: Record, folder: Path) -> Iterable[str]:
@@ -91,7 +111,7 @@ def write(record: Record, folder: Path) -> Iterable[str]:
     Yields one line for each, with its path or with the reason why it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     data, text, picture = (folder / f"bench.{end}" for end in ("json", "md", "png"))
-    data.write_text(json.dumps(record, indent=1) + "\n")
+    _replace(data, json.dumps(record, indent=1) + "\n")
     yield str(data)
     text.write_text("\n".join(lines_of(record)) + "\n")
     yield str(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,29 +13,38 @@ from pathlib import Path
 import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
+_CLEAR = Path("/proc/self/clear_refs")
 
 
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device: on a CPU what the kernel holds available, or
-    what the control group still allows if that is less."""
+    what the control group (version 2) still allows if that is less. A group's page cache does not
+    count as used: it gives way."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + kept)
-    free = _value(Path("/proc/meminfo"), "MemAvailable")
+    try:
+        free = _value(Path("/proc/meminfo"), "MemAvailable")
+    except OSError:  # not Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = int((_CGROUP / "memory.max").read_text())
         used = int((_CGROUP / "memory.current").read_text())
+        pairs = (line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        held = {key: int(value) for key, value in pairs}
     except (OSError, ValueError):  # no such file, or "max"
         return free
-    return min(free, limit - used)
+    cache = held.get("inactive_file", 0) + held.get("active_file", 0)
+    return min(free, limit - (used - cache))
 
 
 @dataclass
 class Peak:
-    """Bytes above what was held at the start, at the highest point."""
+    """Bytes above what was held at the start, at the highest point; None where the system does not
+    let a process reset its high-water mark."""
 
-    extra: int = 0
+    extra: int | None = None
 
 
 @contextmanager
@@ -51,9 +61,13 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         torch.cuda.synchronize(device)
         peak.extra = torch.cuda.max_memory_allocated(device) - before
         return
-    # What earlier code freed but the allocator kept would hide new allocations.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    try:
+        # What earlier code freed but the allocator kept would hide new allocations.
+        ctypes.CDLL(None).malloc_trim(0)
+        _CLEAR.write_text("5")
+    except (OSError, AttributeError):  # another C library, not Linux, or not allowed
+        yield peak
+        return
     status = Path("/proc/self/status")
     before = _value(status, "VmRSS")
     yield peak

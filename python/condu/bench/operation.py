@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 import condu_ext as cx
 from condu.bench.baselines import Baseline
 from condu.bench.cases import Case
-from condu.bench.check import excerpts, require_same_bits, sample
+from condu.bench.check import Parts, count, cut, excerpts, require_same_bits, sample
 from condu.bench.inputs import Inputs, Weights, task_name
+from condu.bench.sums import norm_of, require_sums, sums_of
 from condu_ext import reference
 
 NEW = "new task"
@@ -26,7 +27,8 @@ class Operation:
     Attributes:
         prepare: makes what ``run`` needs afresh where ``run`` destroys it; nothing otherwise.
         run: calls the kernels through :mod:`condu_ext`; returns the new state, or the expert.
-        check: compares a result with the reference, bit for bit; returns how many elements.
+        check: compares parts of a result with the reference, bit for bit, and a state's sums with
+            float64; returns how many elements were compared bit for bit.
         baseline: for a baseline, the call without arguments that gives the same.
     """
 
@@ -65,7 +67,8 @@ def _unify(case: Case, inputs: Inputs, backend: str) -> Operation:
             theta_0 = [_cut(base, name, parts)]
             u, planes, _ = reference.unify(thetas, theta_0, case.tasks, 0, dtype, ())
             found.require_equal(u, planes, f"{case}, tensor {name}")
-        return _count(parts)
+        require_sums(result, lambda task, name: norm_of(models[task][name], base[name]), str(case))
+        return count(parts)
 
     def baseline(chosen: Baseline) -> Callable[[], Any]:
         return lambda: chosen.unify(list(models.values()), base, dtype)
@@ -96,7 +99,13 @@ def _absorb(case: Case, inputs: Inputs, backend: str) -> Operation:
             was = old[name]
             u, planes, _ = reference.absorb(was.u, was.planes, was.rescaler, theta, theta_0, 0, ())
             found.require_equal(u, planes, f"{case}, tensor {name}")
-        return _count(parts)
+        kept = sums_of(state)
+
+        def norm(task: str, name: str) -> float:
+            return norm_of(model[name], base[name]) if task == NEW else kept[task, name][0]
+
+        require_sums(result, norm, str(case))
+        return count(parts)
 
     def baseline(chosen: Baseline) -> Callable[[], Any]:
         own = chosen.state_of(state)
@@ -122,7 +131,9 @@ def _merge(case: Case, inputs: Inputs, backend: str) -> Operation:
                 x.u, x.planes, x.rescaler, y.u, y.planes, y.rescaler, [found.numel], 0
             )
             found.require_equal(u, planes, f"{case}, tensor {name}")
-        return _count(parts)
+        kept = sums_of(a) | sums_of(b)
+        require_sums(result, lambda task, name: kept[task, name][0], str(case))
+        return count(parts)
 
     def baseline(chosen: Baseline) -> Callable[[], Any]:
         own_a, own_b = chosen.state_of(a), chosen.state_of(b)
@@ -149,7 +160,7 @@ def _decouple(case: Case, inputs: Inputs, backend: str) -> Operation:
             plane, rescaler = old.planes[task], old.rescaler[task]
             reference.decouple_([expected], old.u, plane, rescaler, theta_0, ())
             require_same_bits(expert, expected, f"{case}, tensor {name}: expert")
-        return _count(parts)
+        return count(parts)
 
     def baseline(chosen: Baseline) -> Callable[[], Any]:
         own, out = chosen.state_of(state), inputs.empty_model()
@@ -165,9 +176,5 @@ def _decouple(case: Case, inputs: Inputs, backend: str) -> Operation:
     return Operation(_nothing, run, check, baseline)
 
 
-def _cut(model: Weights, name: str, parts: Mapping[str, slice]) -> Tensor:
-    return model[name].view(-1)[parts[name]]
-
-
-def _count(parts: Mapping[str, slice]) -> int:
-    return sum(part.stop - part.start for part in parts.values())
+def _cut(model: Weights, name: str, parts: Parts) -> Tensor:
+    return cut(model[name].view(-1), parts[name])

@@ -29,6 +29,11 @@ STYLES = {"fp32": "-", "bf16": "--", "bf16/bf16": ":", "fp16": "-."}
 
 def save_plot(record: Record, file: Path) -> None:
     """Write both panels as a PNG."""
+    FigureCanvasAgg(figure_of(record)).print_png(file)
+
+
+def figure_of(record: Record) -> Figure:
+    """Both panels: rates on the left, times on the right."""
     cases = [case for case in record["cases"] if case["seconds"]]
     figure = Figure(figsize=(11, 5.2), dpi=150, layout="constrained")
     rates, times = figure.subplots(1, 2)
@@ -40,7 +45,7 @@ def save_plot(record: Record, file: Path) -> None:
     handles += [Line2D([], [], color="#555555", ls=STYLES[p], label=p) for p in precisions]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(machine_line(record), fontsize=9)
-    FigureCanvasAgg(figure).print_png(file)
+    return figure
 
 
 def _rates(axes: Axes, cases: list[Record]) -> None:

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 import condu_ext as cx
-from condu.bench.ceiling import Copy, cache_bytes
+from condu.bench.ceiling import Copy, cache_bytes, huge_pages
 from condu.bench.suite import CaseResult, Settings
 
 FORMAT = 1
@@ -78,6 +79,7 @@ def case_record(result: CaseResult) -> Record:
     return entry
 
 
+@cache
 def machine(device: torch.device) -> Record:
     """Hardware, instruction set in use, threads, versions."""
     info = cx.build_info()
@@ -88,6 +90,7 @@ def machine(device: torch.device) -> Record:
         "cores": os.cpu_count(),
         "cpu_flags": [flag for flag in _FLAGS if flag in flags],
         "cache_bytes": cache_bytes(torch.device("cpu")),
+        "transparent_hugepages": huge_pages(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "isa": info["cpu_isa"],
         "threads": info["threads"],
@@ -130,6 +133,7 @@ def _first_block(file: Path) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+@cache
 def _commit() -> str | None:
     """Commit of the checkout that the package lies in, with a plus if files were changed."""
     here = str(Path(__file__).parent)

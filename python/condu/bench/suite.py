@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 from condu.bench.baselines import BASELINES, Baseline
 from condu.bench.cases import Case
 from condu.bench.ceiling import Copy
-from condu.bench.check import WrongResult, different_elements
+from condu.bench.check import WrongBaseline, WrongResult, different_elements
 from condu.bench.inputs import POOL, Inputs
 from condu.bench.measure import Times, paired, repeated, timed
 from condu.bench.memory import available_memory, peak_memory
 from condu.bench.operation import Operation, operation_of
 
-MEASURED, NO_MEMORY, FAILED = "measured", "out of memory", "failed"
+MEASURED, NO_MEMORY, FAILED, WRONG = "measured", "out of memory", "failed", "wrong result"
 RESERVE = 0.05
 """Share of the memory that is left to the rest of the system."""
 
@@ -28,7 +28,8 @@ class BaselineResult:
     """A baseline on one case.
 
     Attributes:
-        status: measured, out of memory, or failed.
+        status: measured, out of memory, or failed, which includes a result that is not the
+            kernel's.
         reason: for the latter two, in one line.
         different: elements in which its result is not the kernel's.
     """
@@ -45,6 +46,8 @@ class CaseResult:
     """A case: the kernel, the copy beside it, and the baselines.
 
     Attributes:
+        status: measured, out of memory, or wrong result.
+        reason: for the latter two, in one line.
         ratio: median of the paired ratios of the kernel's rate to the copy's.
         needed_bytes: estimate of the memory that inputs and results take together.
         checked: elements that were compared with the reference, bit for bit.
@@ -98,16 +101,14 @@ class Suite:
         self._inputs: Inputs | None = None
         self._shared: dict[tuple[Any, ...], dict[str, BaselineResult]] = {}
 
-    def run(self, cases: Sequence[Case]) -> list[CaseResult]:
-        """Measure every case, saying how far it is."""
-        return [self.measure(case, f"[{k}/{len(cases)}] ") for k, case in enumerate(cases, 1)]
+    def run(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
+        """Measure case by case, saying how far it is."""
+        for k, case in enumerate(cases, 1):
+            yield self.measure(case, f"[{k}/{len(cases)}] ")
 
     def measure(self, case: Case, number: str = "") -> CaseResult:
-        """Measure one case; what does not fit into memory is a result too.
-
-        Raises:
-            WrongResult: what was computed is not the reference's.
-        """
+        """Measure one case; what does not fit into memory or is not what the reference computes is
+        a result too, without a time."""
         needed = case.resident_bytes
         if needed > self.memory:
             reason = f"needs {_gib(needed)}, there are {_gib(self.memory)}"
@@ -115,6 +116,10 @@ class Suite:
             return CaseResult(case, NO_MEMORY, needed, reason)
         try:
             result = self._measure(case, needed)
+        except WrongResult as error:
+            self._inputs = None  # a broken kernel may have written anywhere
+            self.say(f"{number}{case}: wrong result: {_line(error)}")
+            return CaseResult(case, WRONG, needed, _line(error))
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -193,9 +198,10 @@ class Suite:
             self.say(f"    {name}: out of memory: {reason}")
             return BaselineResult(NO_MEMORY, reason)
         try:
-            found = self._time_baseline(baseline, operation, result, f"{case}, {name}")
-        except WrongResult:
-            raise
+            found = self._time_baseline(baseline, case, operation, result)
+        except WrongBaseline as error:
+            self.say(f"    {name}: {FAILED}: {_line(error)}")
+            return BaselineResult(FAILED, _line(error), different=error.different)
         except Exception as error:  # what a compiler may raise has no common class
             status = NO_MEMORY if _is_out_of_memory(error) else FAILED
             self.say(f"    {name}: {status}: {_line(error)}")
@@ -205,7 +211,7 @@ class Suite:
         return found
 
     def _time_baseline(
-        self, baseline: Baseline, operation: Operation, result: Any, what: str
+        self, baseline: Baseline, case: Case, operation: Operation, result: Any
     ) -> BaselineResult:
         device, patience = self.settings.device, self.settings.patience
         baseline.reset()
@@ -216,7 +222,8 @@ class Suite:
             first, theirs = timed(call, device)
         if not isinstance(theirs, dict):  # a state, not an expert
             theirs = baseline.named(theirs)
-        different = different_elements(result, theirs, what)
+        base = self._inputs_of(case).pretrained if baseline.compiles else None
+        different = different_elements(result, theirs, str(case), base)
         del theirs
         seconds = [first]
         if first < patience:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from condu.bench.record import Record
+from condu.bench.suite import FAILED
 
 UNDEFINED = "–"
 
@@ -67,8 +68,12 @@ def _row(case: Record, baselines: Sequence[str]) -> list[str]:
         digits(case["bytes_per_second"] / 1e9),
         f"{100 * case['ratio']:.0f}",
         *(speedup(case["baselines"].get(name)) for name in baselines),
-        f"{case['peak_extra_bytes'] / 2**20:,.0f}",
+        _mebibytes(case["peak_extra_bytes"]),
     ]
+
+
+def _mebibytes(size: int | None) -> str:
+    return UNDEFINED if size is None else f"{size / 2**20:,.0f}"
 
 
 def speedup(baseline: dict[str, Any] | None) -> str:
@@ -88,19 +93,38 @@ def digits(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def legend() -> list[str]:
+    """What columns and marks of every table mean."""
+    return [
+        "GB are what the operation has to move at the least, every input read and every output "
+        "written once; GB/s is GB over the median, % of copy the median of its ratios to a copy "
+        "of memory timed by turns. T: models of a unify, otherwise tasks that the incoming state "
+        "holds. × NAME: how many times as long that formulation in pure PyTorch takes; ¹ of a "
+        "single timed call. Peak: memory above the inputs, the result included.",
+        "`absorb_` works in place and reads its inputs once; `absorb_+check`, the default, reads "
+        "them twice, the first time to check them, which GB does not count. All kinds of absorb "
+        "are compared with the same baselines, which make a new state as `absorb` does: `absorb_` "
+        "and `absorb_+check` also save that memory's allocation. bf16/bf16: a bfloat16 state; all "
+        "others float32.",
+    ]
+
+
 def _notes(record: Record) -> list[str]:
     copy = record["copy"]
     rate = copy["bytes_per_second"]
     ceiling = (
         f"Copy: {copy['how']}, {copy['bytes_moved'] / 1e9:.2f} GB read and written a call"
         + (f", {rate / 1e9:.1f} GB/s (median)" if rate else "")
-        + "; timed by turns with each case, median of the paired ratios."
+        + "."
     )
     compared = [case for case in record["cases"] if case["checked"]]
     counts = sorted({case["checked"] for case in compared})
     check = (
-        "Every result was compared with the reference before it was timed, bit for bit "
-        f"({' to '.join(f'{count:,}' for count in counts[:1] + counts[1:][-1:])} elements a case)."
+        "Before it was timed every result was compared with the reference, bit for bit: unified "
+        "delta and masks, or the expert, in the first, middle and last elements of every tensor "
+        f"({' to '.join(f'{count:,}' for count in counts[:1] + counts[1:][-1:])} elements a case; "
+        "all where that is the model's size). The sums of the largest and the smallest tensors "
+        "and all rescalers were compared with float64, to 1e-6."
         if compared
         else "Nothing was measured."
     )
@@ -110,21 +134,22 @@ def _notes(record: Record) -> list[str]:
         for name in names
         if any(name in c["baselines"] for c in compared)
     ]
-    lines = [
-        "GB are what the operation has to move at the least, the rate is GB over the median. T: "
-        "models of a unify, otherwise tasks that the incoming state holds. `absorb_` works in "
-        "place and reads its inputs once; `absorb_+check`, the default, once more before it "
-        "writes. bf16/bf16: a bfloat16 state; all others float32. Peak: memory above the inputs, "
-        "the result included.",
-        ceiling,
-        check,
-    ]
+    lines = [*legend(), ceiling, check]
     if different:
         lines.append(
             "Elements in which a baseline's result is not the kernel's, over all cases: "
             + ", ".join(different)
-            + "."
+            + ". A baseline with more of them than rounding explains failed; an expert that was "
+            "compiled may differ by 1e-6 of |θ_0| + |δ| (in 16 bits by the last bit), for a "
+            "compiler contracts θ_0 + λ·u to one rounding."
         )
+    lines += [
+        f"{name} failed on {case['operation']} {case['model']} {case['dtype']} T={case['tasks']}: "
+        f"{baseline['reason']}"
+        for case in record["cases"]
+        for name, baseline in case["baselines"].items()
+        if baseline["status"] == FAILED
+    ]
     patience = record["settings"]["patience_seconds"]
     if "¹" in "".join(table(record["cases"], names)):
         lines.append(f"¹ one call: it took longer than {patience:g} s, or one call was asked for.")

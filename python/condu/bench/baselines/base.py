@@ -36,7 +36,8 @@ class Baseline(ABC):
     """The operations, named as in :mod:`condu_ext`, on states in a form of the baseline's own."""
 
     compiles = False
-    """Whether the first call also compiles: it is not timed then."""
+    """Whether the first call also compiles: it is not timed then, and experts may be rounded once
+    where the rule rounds twice."""
 
     def reset(self) -> None:  # noqa: B027 (most baselines keep nothing)
         """Forget what was kept for another case."""

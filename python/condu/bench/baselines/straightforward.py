@@ -71,7 +71,8 @@ def _unify(deltas: list[dict[str, Tensor]], dtype: torch.dtype) -> Triggered:
     """Elect a sign, take the extreme value that agrees, mask, rescale."""
     delta: dict[str, Tensor] = {}
     masks: list[dict[str, Tensor]] = [{} for _ in deltas]
-    num, den = [0.0] * len(deltas), [0.0] * len(deltas)
+    device = next(iter(deltas[0].values())).device
+    num, den = torch.zeros(2, len(deltas), dtype=torch.float64, device=device)
     for name in deltas[0]:
         stacked = torch.stack([d[name] for d in deltas])
         sign = torch.sign(stacked.sum(dim=0))
@@ -82,6 +83,7 @@ def _unify(deltas: list[dict[str, Tensor]], dtype: torch.dtype) -> Triggered:
         extreme = delta[name].float().abs()
         for t in range(len(deltas)):
             masks[t][name] = agrees[t]
-            num[t] += stacked[t].abs().sum(dtype=torch.float64).item()
-            den[t] += (agrees[t] * extreme).sum(dtype=torch.float64).item()
-    return Triggered(delta, masks, num, [n / d for n, d in zip(num, den, strict=True)])
+            num[t] += stacked[t].abs().sum(dtype=torch.float64)
+            den[t] += (agrees[t] * extreme).sum(dtype=torch.float64)
+    norms = num.tolist()  # once: on a GPU each reading waits for all that is queued
+    return Triggered(delta, masks, norms, [n / d for n, d in zip(norms, den.tolist(), strict=True)])
