@@ -74,6 +74,10 @@ def unify(
     Returns:
         A state with the tasks in the order of ``models``.
     """
+    if not isinstance(models, Mapping):
+        raise TypeError(
+            f"models: expected a mapping from task names to models, got {type(models).__name__}"
+        )
     if not models:
         raise ValueError("models: there is no model to unify")
     check_state_dtype(dtype)

@@ -139,7 +139,7 @@ def find_shared(tensors: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None
 
 
 def find_aliases(who: str, tensors: Model) -> dict[str, str]:
-    """Tied tensors: later name → first name of the same memory, shape, stride and dtype.
+    """Tied tensors: later name → first name of the same memory, shape, stride, dtype and sign.
 
     Raises:
         ValueError: two tensors share only a part of their memory; the message names both.
@@ -148,7 +148,8 @@ def find_aliases(who: str, tensors: Model) -> dict[str, str]:
     first: dict[tuple[object, ...], str] = {}
     for name, tensor in tensors.items():
         if tensor.numel():
-            key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            where = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            key = (*where, tensor.dtype, tensor.is_neg())
             if first.setdefault(key, name) != name:
                 aliases[name] = first[key]
     if shared := find_shared([(name, tensors[name]) for name in first.values()]):

@@ -622,3 +622,9 @@ def test_negated_views_are_not_written() -> None:
     with pytest.raises(ValueError, match=r"out, tensor 'enc\.bias': is a negated view"):
         cx.decouple_(state, "old", base, out=out)
     assert all(torch.equal(t, before[name]) for name, t in out.items())
+
+
+@pytest.mark.parametrize("models", [torch.nn.Linear(2, 2), [{"w": torch.ones(3)}], "ab"])
+def test_models_that_are_no_mapping(models: object) -> None:
+    with pytest.raises(TypeError, match="models: expected a mapping from task names to models"):
+        cx.unify(models, None)  # type: ignore[arg-type]

@@ -302,3 +302,13 @@ def test_a_model_without_elements(rescale: str) -> None:
     state = cx.absorb(cx.unify({"a": base}, base, rule=rule), "b", base, base)
     assert state.rescaler("a") in (0.0, {"none": 0.0})
     assert cx.decouple(state, "b", base)["none"].shape == (3, 0)
+
+
+def test_a_negated_view_of_the_same_memory_is_no_alias() -> None:
+    """It has other values, so it shares memory without being tied: refused, never counted once."""
+    complex_numbers = torch.complex(rand(*SHAPE), rand(*SHAPE))
+    plain, negated = complex_numbers.imag, complex_numbers.conj().imag
+    assert negated.is_neg()
+    assert plain.data_ptr() == negated.data_ptr()
+    with pytest.raises(ValueError, match="'a' and 'b' share a part of their memory"):
+        cx.unify({"t": {"a": plain, "b": negated}}, None)
