@@ -16,8 +16,9 @@ void raise_for(int status, const char* operation) {
   if (status == CONDU_NO_MEMORY) throw std::bad_alloc();
   if (status == CONDU_BAD_ARGUMENT && !condu_cpu_isa()) {
     throw std::invalid_argument(
-        "CONDU_CPU_ISA names no instruction set of this machine: avx512 (with VBMI and GFNI), avx2 "
-        "or baseline");
+        "CONDU_CPU_ISA names no instruction set of this machine: use avx512, avx2 or baseline "
+        "(avx512 "
+        "is for processors that also have VBMI and GFNI)");
   }
   throw std::runtime_error(std::string(operation) + ": " + kReasons[status]);
 }
