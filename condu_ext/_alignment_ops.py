@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from condu_ext import _C, _alignment_cuda, _alignment_native
-from condu_ext._ops import TAGS
+from condu_ext import _alignment_cuda, _alignment_native
+from condu_ext._register import register
 
 _LIBRARY = Library("condu", "FRAGMENT")
 
@@ -52,12 +52,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "average_": _fake_average_,
 }
 
-for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=TAGS)
-    _LIBRARY.impl(_name, getattr(_alignment_native, _name), "CPU")
-    if _C.cuda_archs:
-        _LIBRARY.impl(_name, getattr(_alignment_cuda, _name), "CUDA")
-    torch.library.register_fake(f"condu::{_name}", _FAKES[_name], lib=_LIBRARY)
+register(_LIBRARY, _SCHEMAS, _FAKES, _alignment_native, _alignment_cuda)
 
 magnitude_threshold = torch.ops.condu.magnitude_threshold.default
 align_ = torch.ops.condu.align_.default

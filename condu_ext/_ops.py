@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from condu_ext import _C, _cuda, _native
+from condu_ext import _cuda, _native
+from condu_ext._register import register
 from condu_ext.layout import chunk_count, offsets
 
 _LIBRARY = Library("condu", "DEF")
-# A graph that torch.compile captures brings new addresses, for which there is no table yet.
-TAGS = tuple(t for t in (getattr(torch.Tag, "cudagraph_unsafe", None),) if t is not None)
 
 _SCHEMAS = {
     "unify": "(Tensor[] models, Tensor[] base, int tasks, int zero_sum, ScalarType dtype,"
@@ -113,12 +112,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "measure": _fake_measure,
 }
 
-for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=TAGS)
-    _LIBRARY.impl(_name, getattr(_native, _name), "CPU")
-    if _C.cuda_archs:
-        _LIBRARY.impl(_name, getattr(_cuda, _name), "CUDA")
-    torch.library.register_fake(f"condu::{_name}", _FAKES[_name], lib=_LIBRARY)
+register(_LIBRARY, _SCHEMAS, _FAKES, _native, _cuda)
 
 unify = torch.ops.condu.unify.default
 absorb = torch.ops.condu.absorb.default

@@ -33,7 +33,9 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)  # "no space left on device" alone does not say where
         raise
     sync(path.parent)

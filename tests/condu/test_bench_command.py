@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -232,6 +234,29 @@ def test_what_was_measured_survives_a_case_that_breaks(monkeypatch: pytest.Monke
 
 
 # ---- tables and pictures -------------------------------------------------------------------------
+
+
+def test_a_full_disk_names_the_file_and_keeps_what_was_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second record does not fit: the first stays whole and no part of the second is left."""
+    write_text, written = Path.write_text, []
+
+    def until_full(path: Path, text: str) -> int:
+        written.extend([path] * path.name.endswith(".part"))
+        if len(written) == 2:
+            write_text(path, text[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_text(path, text)
+
+    monkeypatch.setattr(Path, "write_text", until_full)
+    options = ("--models", "toy", "--ops", "absorb_", "--tasks", 2, "--dtypes", "fp32")
+    result = bench("--quick", "--no-baselines", *options, "--out", "full")
+    assert result.exit_code != 0
+    assert "No space left on device" in result.stderr
+    assert "bench.json" in result.stderr
+    assert [file.name for file in Path("full").iterdir()] == ["bench.json"]
+    assert len(read_record(Path("full/bench.json"))["cases"]) == 1
 
 
 def test_a_row_has_every_number_once_rounded() -> None:

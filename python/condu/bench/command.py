@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from condu.bench.cases import OPERATIONS, Case, cases_of
 from condu.bench.record import Record, record_of
 from condu.bench.suite import WRONG, CaseResult, Settings, Suite
 from condu.bench.table import lines_of
+from condu_ext.files import replace
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,13 @@ def measure(options: Options, say: Callable[[str], None], folder: Path) -> Recor
     for result in suite.run(cases):
         results.append(result)
         record = record_of(settings, suite.copy, results)
-        _replace(folder / "bench.json", json.dumps(record, indent=1) + "\n")
+        _save(record, folder / "bench.json")
     return record
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write a file so that a reader finds the old text or the new one, never a part."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text)
-    os.replace(part, file)
+def _save(record: Record, file: Path) -> None:
+    text = json.dumps(record, indent=1) + "\n"
+    replace(file, lambda part: part.write_text(text))
 
 
 def wrong_results(record: Record) -> list[str]:
@@ -111,9 +109,9 @@ def write(record: Record, folder: Path) -> Iterable[str]:
     Yields one line for each, with its path or with the reason why it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     data, text, picture = (folder / f"bench.{end}" for end in ("json", "md", "png"))
-    _replace(data, json.dumps(record, indent=1) + "\n")
+    _save(record, data)
     yield str(data)
-    text.write_text("\n".join(lines_of(record)) + "\n")
+    replace(text, lambda part: part.write_text("\n".join(lines_of(record)) + "\n"))
     yield str(text)
     try:
         from condu.bench.plot import save_plot

@@ -96,7 +96,7 @@ def _of_old_tasks(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Masks; sum (in groups of four tasks) and maximum of λ_i·M_i."""
     masks = [bit(words[t // WORD], t) for t in range(len(rescalers))]
-    terms = [torch.where(mask, rescaler, 0.0) for mask, rescaler in zip(masks, rescalers)]  # noqa: B905
+    terms = [torch.where(masks[t], rescalers[t], 0.0) for t in range(len(rescalers))]
     fours = [sum(terms[k + 1 : k + 4], terms[k]) for k in range(0, len(terms), 4)]
     most = terms[0]
     for term in terms[1:]:
