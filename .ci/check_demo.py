@@ -38,7 +38,7 @@ def main() -> None:
     state = cx.UnifiedDelta.load(run / "condu" / "state")
     assert list(state.tasks) == tasks
     assert all(0 < state.rescaler(task) < math.inf for task in tasks)
-    prototypes = PrototypeSet.load(run / "condu" / "prototypes.safetensors")
+    prototypes = PrototypeSet.load(run / "prototypes.safetensors")
     assert list(prototypes.tasks) == tasks
     plots = sorted((run / "report").glob("*.png"))
     assert len(plots) >= len(results["methods"]) + 1, plots

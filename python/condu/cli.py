@@ -70,6 +70,8 @@ def demo(
         for (section, key), value in options.items():
             if value is not None:
                 values[section][key] = value
+        if steps is not None:
+            values["lora"]["steps"] = steps
         if seed is not None:
             values["seed"] = seed
         _run(make_config(values, "demo"), out or _free(Path("runs", "demo")), quiet=quiet)
@@ -102,7 +104,7 @@ def report(
 ) -> None:
     """Tables of a finished run, and pictures of it in RUN/report."""
     with _errors("report", debug):
-        from condu.report import matrix_table, summary_table
+        from condu.report import matrix_table, misalignment, summary_table
         from condu.report.plots import save_plots
         from condu.report.tables import protocols_of
         from condu.runfolder import RunFolder
@@ -113,6 +115,8 @@ def report(
             for protocol, _ in protocols_of(method):
                 console.print(matrix_table(results, name, protocol))
         console.print(summary_table(results))
+        if line := misalignment(results):
+            console.print(line, highlight=False)
         for file in save_plots(results, folder / "report"):
             console.print(str(file), highlight=False, soft_wrap=True)
 
@@ -189,7 +193,7 @@ def doctor() -> None:
 
 def _run(config: RunConfig, out: Path, *, resume: bool = False, quiet: bool) -> None:
     from condu.progress import RunProgress
-    from condu.report import summary_table
+    from condu.report import misalignment, summary_table
     from condu.trainer import ContinualTrainer
 
     # under a launcher several processes run this command: one of them talks
@@ -203,6 +207,8 @@ def _run(config: RunConfig, out: Path, *, resume: bool = False, quiet: bool) -> 
         _complain(f"interrupted; to go on: condu run {out / 'config.yaml'} --out {out} --resume")
         raise typer.Exit(130) from None
     console.print(summary_table(results))
+    if line := misalignment(results):
+        console.print(line, highlight=False)
     progress.line(f"numbers: {out / 'results.json'}; tables and pictures: condu report {out}")
 
 

@@ -49,6 +49,13 @@ class ModelConfig(_Section):
     pretrained: str | None = None
 
 
+def _positive_rates(rates: dict[str, float]) -> dict[str, float]:
+    for task, rate in rates.items():
+        if rate <= 0:
+            raise ValueError(f"task {task!r}: must be greater than 0, got {rate}")
+    return rates
+
+
 class TrainingConfig(_Section):
     """Fine-tuning of one task: AdamW, linear warm-up over the share `warmup` of the steps, then
     cosine to 0."""
@@ -62,13 +69,7 @@ class TrainingConfig(_Section):
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
 
-    @field_validator("task_lr")
-    @classmethod
-    def _positive(cls, rates: dict[str, float]) -> dict[str, float]:
-        for task, rate in rates.items():
-            if rate <= 0:
-                raise ValueError(f"task {task!r}: must be greater than 0, got {rate}")
-        return rates
+    _positive = field_validator("task_lr")(_positive_rates)
 
     @field_validator("betas")
     @classmethod
@@ -80,6 +81,39 @@ class TrainingConfig(_Section):
     def learning_rate_of(self, task: str) -> float:
         """The peak learning rate for a task: its own from `task_lr`, else `lr`."""
         return self.task_lr.get(task, self.lr)
+
+
+class LoraConfig(_Section):
+    """Low-rank adapters: `rank` is that of `condu_lora` and `individual_lora`; the learning rates,
+    `steps` (None: those of `training`) and `targets` (last parts of module names; None: the
+    model's own choice) are those of all methods with adapters."""
+
+    rank: int = Field(default=64, ge=1)
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
+    lr: float = Field(default=1e-3, gt=0)
+    task_lr: dict[str, float] = Field(default_factory=dict)
+    steps: int | None = Field(default=None, ge=1)
+
+    _positive = field_validator("task_lr")(_positive_rates)
+
+    def training(self, full: TrainingConfig) -> TrainingConfig:
+        """Fine-tuning of adapters: as that of all weights where nothing else is said here."""
+        return full.model_copy(
+            update={"lr": self.lr, "task_lr": self.task_lr, "steps": self.steps or full.steps}
+        )
+
+
+class PamConfig(_Section):
+    """Aligned merging, see `condu.pam.AlignedMerging`; `rank` is also that of `lora_average` and
+    `sequential_lora`."""
+
+    rank: int = Field(default=32, ge=1)
+    top: float = Field(default=0.5, gt=0, le=1)
+    period: int = Field(default=10, ge=1)
+    to: Literal["zero", "global"] = "zero"
+    scope: Literal["tensor", "global"] = "tensor"
+    average: Literal["half", "mean"] = "half"
+    reset_optimizer: bool = True
 
 
 class FusionConfig(_Section):
@@ -122,6 +156,8 @@ class RunConfig(_Section):
     )
     protocols: tuple[Protocol, ...] = Field(default=PROTOCOLS, min_length=1)
     training: TrainingConfig = TrainingConfig()
+    lora: LoraConfig = LoraConfig()
+    pam: PamConfig = PamConfig()
     fusion: FusionConfig = FusionConfig()
     voting: VotingConfig = VotingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

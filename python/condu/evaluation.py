@@ -13,6 +13,7 @@ pretrained model alone is computed once and kept.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -75,6 +76,14 @@ class Evaluator:
         self._tests: dict[str, Dataset[Any]] = {}
         self._tokens: dict[str, Tensor] = {}
         self._frozen: dict[str, _Frozen] = {}
+
+    def over(self, clip: ClipModel) -> Evaluator:
+        """The same over another live model, sharing what was read and computed already. At θ_0 the
+        other model must compute what this one does, as one with fresh adapters does.
+        """
+        other = copy.copy(self)
+        other.clip = clip
+        return other
 
     def accuracy(self, task: Task) -> float:
         """Percent of the task's test images that the live weights, whatever they are, classify

@@ -3,7 +3,9 @@
     RUN/config.yaml          the complete configuration, written first
     RUN/progress.json        accuracy rows and seconds so far: the record of what has been done
     RUN/finetuned/…          one fine-tuned model a task
-    RUN/<method>/…           what a method keeps, e.g. the unified model and the prototypes
+    RUN/lora-<rank>/…        one fine-tuned adapter a task
+    RUN/prototypes.safetensors
+    RUN/<method>/…           what a method keeps, e.g. the unified model
     RUN/results.json         written when the last task is done
 
 Every file is written beside its place, flushed to disk and renamed, so a reader sees the old one or
@@ -29,12 +31,14 @@ class RunFolderError(ValueError):
 
 @dataclass
 class MethodProgress:
-    """Rows of the accuracy matrix by protocol, one for each learnt task, and seconds so far."""
+    """Rows of the accuracy matrix by protocol, one for each learnt task, and seconds so far; of
+    merged adapters the share of misaligned weights, one number a task from the second on."""
 
     rows: dict[str, list[list[float]]]
     train: float = 0.0
     fuse: float = 0.0
     evaluate: float = 0.0
+    misaligned: list[float] = field(default_factory=list)
 
     @property
     def learned(self) -> int:

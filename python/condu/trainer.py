@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -19,13 +20,14 @@ import condu_ext
 from condu.config import ConfigError, RunConfig
 from condu.methods import METHODS, Method
 from condu.metrics import summarize
-from condu.models.clip import ClipModel, load_clip
+from condu.models import load_model
 from condu.progress import RunProgress
 from condu.runfolder import MethodProgress, Progress, RunFolder
 from condu.tasks import load_benchmark
 from condu.workspace import Workspace
 
 if TYPE_CHECKING:
+    from condu.models.base import LiveModel
     from condu.tasks.benchmark import Benchmark
 
 EVALUATION_LIMIT = timedelta(hours=12)
@@ -35,21 +37,21 @@ EVALUATION_LIMIT = timedelta(hours=12)
 class ContinualTrainer:
     """Takes the methods of a configuration through a benchmark, task by task.
 
-    `clip.model` is the live model; it holds θ_0 now and again after `run`. `out` is the run folder,
-    see `condu.runfolder`. One seed makes a run repeatable: bit for bit on a CPU with as many
-    threads, on a GPU as far as torch's kernels are deterministic.
+    `live.model` holds θ_0 now and again after `run`. `out` is the run folder, see
+    `condu.runfolder`. One seed makes a run repeatable: bit for bit on a CPU with as many threads,
+    on a GPU as far as torch's kernels are deterministic.
     """
 
     def __init__(
         self,
-        clip: ClipModel,
+        live: LiveModel,
         benchmark: Benchmark,
         config: RunConfig,
         out: str | os.PathLike[str],
         *,
         progress: RunProgress | None = None,
     ) -> None:
-        self.clip = clip
+        self.live = live
         self.benchmark = benchmark
         self.config = config
         self.out = Path(out)
@@ -60,14 +62,18 @@ class ContinualTrainer:
         cls, config: RunConfig, out: str | os.PathLike[str], *, progress: RunProgress | None = None
     ) -> ContinualTrainer:
         """Load the model and the benchmark that a configuration names. `ConfigError` if it names
-        tasks that the benchmark does not have."""
-        return cls(
-            load_clip(config.model.name, config.model.pretrained),
+        tasks that the benchmark does not have, or a model that cannot answer them."""
+        live, benchmark = (
+            load_model(config.model.name, config.model.pretrained),
             make_benchmark(config),
-            config,
-            out,
-            progress=progress,
         )
+        for task in benchmark:
+            if not isinstance(task, live.task_type):
+                raise ConfigError(
+                    f"model.name: {live.name!r} does not answer the tasks of benchmark "
+                    f"{benchmark.name!r}"
+                )
+        return cls(live, benchmark, config, out, progress=progress)
 
     def run(self, resume: bool = False) -> dict[str, Any]:
         """Run to the end and return what `results.json` holds. With `resume` a run that was killed
@@ -88,7 +94,7 @@ class ContinualTrainer:
         names = [task.name for task in self.benchmark]
         progress = folder.load_progress(names)
         workspace = Workspace(
-            self.clip, self.benchmark, self.config, folder.path, accelerator, self.progress
+            self.live, self.benchmark, self.config, folder.path, accelerator, self.progress
         )
         methods = [METHODS[name](workspace) for name in self.config.methods]
         for index in range(len(names)):
@@ -109,19 +115,27 @@ class ContinualTrainer:
     ) -> None:
         """One method learns one task and is evaluated on all, unless that is on disk already."""
         protocols = [p for p in self.config.protocols if p in method.protocols]
+        if not protocols:
+            raise ConfigError(
+                f"methods: {method.name!r} on model {self.live.name!r} needs the protocol "
+                f"{' or '.join(method.protocols)}, but protocols has only: "
+                f"{', '.join(self.config.protocols)}"
+            )
         done = progress.methods.setdefault(
             method.name, MethodProgress(rows={protocol: [] for protocol in protocols})
         )
         if done.learned > index:
             return
-        seconds = method.learn(index)
+        learned = method.learn(index)
         if not accelerator.is_main_process:  # waits for the main one when it next trains
             return
         began = time.perf_counter()
         rows = method.rows(index, protocols)
-        done.train += seconds.train
-        done.fuse += seconds.fuse
-        done.evaluate += seconds.evaluate + time.perf_counter() - began
+        done.train += learned.train
+        done.fuse += learned.fuse
+        done.evaluate += learned.evaluate + time.perf_counter() - began
+        if learned.misaligned is not None:
+            done.misaligned.append(learned.misaligned)
         for protocol, row in rows.items():
             done.rows[protocol].append(row)
         folder.save_progress(progress)
@@ -140,6 +154,8 @@ class ContinualTrainer:
                 "fuse": done.fuse,
                 "evaluate": done.evaluate,
             }
+            if done.misaligned:
+                methods[name]["misaligned"] = done.misaligned
         return {
             "benchmark": self.benchmark.name,
             "seed": self.config.seed,
@@ -184,6 +200,7 @@ def versions() -> dict[str, str]:
         "condu_ext": str(condu_ext.build_info()["version"]),
         "condu_ext_isa": str(condu_ext.build_info()["cpu_isa"]),
         "open_clip": metadata.version("open_clip_torch"),
+        "peft": metadata.version("peft"),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -191,10 +208,7 @@ def versions() -> dict[str, str]:
 
 def _table(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
     """A matrix with its summary; what is not defined for a single task is null."""
-    summary = summarize(rows)
-    return {
-        "matrix": rows,
-        "transfer": None if math.isnan(summary.transfer) else summary.transfer,
-        "average": summary.average,
-        "last": summary.last,
+    return {"matrix": rows} | {
+        metric: None if math.isnan(value) else value
+        for metric, value in asdict(summarize(rows)).items()
     }

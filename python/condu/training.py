@@ -1,17 +1,16 @@
-"""Fine-tuning a CLIP model on one task.
+"""Fine-tuning a live model on one task.
 
-AdamW on both towers with `logit_scale` frozen, cross-entropy of exp(logit_scale)·image·textᵀ with
-label smoothing, text from the task's first prompt template (ConDU, arXiv 2503.10705, and its code).
-Runs on whatever device, precision and number of processes the `Accelerator` stands for.
+AdamW on the parameters that require grad, with the loss that the model gives for the task. Runs on
+whatever device, precision and number of processes the `Accelerator` stands for.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 import xxhash
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, RandomSampler
@@ -22,10 +21,10 @@ from condu.progress import RunProgress
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from condu.models.clip import ClipModel
-    from condu.tasks.benchmark import Task
+    from condu.models.base import LiveModel
 
-FROZEN = ("logit_scale", "logit_bias")
+AfterStep = Callable[[torch.optim.Optimizer], None]
+"""Called after each step of the optimiser, which it may change, as it may the weights."""
 
 
 def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
@@ -43,46 +42,49 @@ def task_seed(seed: int, task: str) -> int:
     return int(xxhash.xxh32_intdigest(f"{seed}/{task}".encode()))
 
 
+def train_all_weights(live: LiveModel) -> None:
+    """Let every parameter require grad but those that fine-tuning leaves alone (`live.frozen`)."""
+    for name, parameter in live.model.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[2] not in live.frozen)
+
+
 def finetune(
-    clip: ClipModel,
-    task: Task,
+    live: LiveModel,
+    task: Any,
     training: TrainingConfig,
     accelerator: Accelerator,
     *,
     seed: int,
     progress: RunProgress,
+    after_step: AfterStep | None = None,
 ) -> float:
     """Fine-tune the live model on a task from the weights it has; returns the mean loss of the last
     tenth of the steps. `training.batch_size` is the whole batch, over all processes. Raises
     `FloatingPointError` when the loss is no longer finite: such weights must not be fused."""
     set_seed(task_seed(seed, task.name))
-    images = _batches(clip, task, training, seed=task_seed(seed, task.name))
-    prompts = clip.tokenize([task.templates[0].format(name) for name in task.classnames])
-    prompts = prompts.to(accelerator.device)
-    for name, parameter in clip.model.named_parameters():
-        parameter.requires_grad_(name.rpartition(".")[2] not in FROZEN)
+    batches = _batches(live, task, training, seed=task_seed(seed, task.name))
+    objective = live.objective(task, training.label_smoothing)
     peak, warmup = training.learning_rate_of(task.name), round(training.warmup * training.steps)
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in clip.model.parameters() if parameter.requires_grad],
+        [parameter for parameter in live.model.parameters() if parameter.requires_grad],
         lr=peak,
         betas=training.betas,
         weight_decay=training.weight_decay,
     )
-    model, optimizer, images = accelerator.prepare(clip.model, optimizer, images)
+    model, optimizer, batches = accelerator.prepare(live.model, optimizer, batches)
     model.train()
     losses = []
     with progress.steps(f"fine-tuning on {task.name}", training.steps) as advance:
-        for step, (pixels, labels) in enumerate(images):
+        for step, batch in enumerate(batches):
             rate = learning_rate(step, steps=training.steps, warmup=warmup, peak=peak)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            image, text, scale = model(pixels, prompts)[:3]
-            loss = F.cross_entropy(
-                scale * image @ text.T, labels, label_smoothing=training.label_smoothing
-            )
+            loss = objective(model, batch)
             optimizer.zero_grad()
             accelerator.backward(loss)
             optimizer.step()
+            if after_step is not None:
+                after_step(optimizer)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(
@@ -96,13 +98,19 @@ def finetune(
     return sum(tail) / len(tail)
 
 
-def _batches(
-    clip: ClipModel, task: Task, training: TrainingConfig, *, seed: int
-) -> DataLoader[tuple[torch.Tensor, int]]:
+def _batches(live: LiveModel, task: Any, training: TrainingConfig, *, seed: int) -> DataLoader[Any]:
     """Exactly `training.steps` full batches: the training set, shuffled anew each time round."""
-    dataset = task.dataset("train", clip.train_transform)
+    dataset = live.training_set(task)
     generator = torch.Generator().manual_seed(seed)
     sampler = RandomSampler(
-        dataset, num_samples=training.steps * training.batch_size, generator=generator
+        dataset,  # type: ignore[arg-type]  # map-style data sets are sized
+        num_samples=training.steps * training.batch_size,
+        generator=generator,
     )
-    return DataLoader(dataset, training.batch_size, sampler=sampler, generator=generator)
+    return DataLoader(
+        dataset,
+        training.batch_size,
+        sampler=sampler,
+        generator=generator,
+        collate_fn=live.collate,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,24 +14,34 @@ from torch import Tensor, nn
 from condu_ext.files import replace
 
 
-def copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all parameters and persistent buffers of a model, on the CPU."""
+def copy_weights(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Copies on the CPU of a model's parameters and persistent buffers, or of the named ones."""
     return {
         name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, value in model.state_dict().items()
+        if names is None or name in names
     }
 
 
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Write `weights` into a live model; KeyError for a name that it does not have."""
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    if unknown:
+        raise KeyError(f"the model has no tensor {unknown[0]!r}")
+
+
 @contextmanager
-def weights_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put `weights` into a live model (names that it does not give keep their values), and the
-    model's own back afterwards, whatever happens meanwhile."""
-    before = copy_weights(model)
+def weights_in(
+    model: nn.Module, weights: Mapping[str, Tensor], names: Collection[str] | None = None
+) -> Iterator[None]:
+    """Put `weights` into a live model, and its own back afterwards, whatever happens meanwhile:
+    those called `names`, or all."""
+    before = copy_weights(model, names)
     try:
-        model.load_state_dict({**before, **weights})
+        put_weights(model, weights)
         yield
     finally:
-        model.load_state_dict(before)
+        put_weights(model, before)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], **facts: str) -> None:

@@ -1,128 +1,129 @@
-"""What the methods of one run share: the live model, one fine-tuning per task, the evaluator."""
+"""What the methods of a run share: the live model, its fine-tunings, prototypes, scores at θ_0."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import copy
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from torch import nn
 
 from condu.evaluation import Evaluator
 from condu.progress import RunProgress
-from condu.training import finetune
-from condu.weights import copy_weights, load_facts, load_weights, save_weights, weights_in
+from condu.prototypes import PrototypeSet
+from condu.training import train_all_weights
+from condu.tuning import Tuner
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from condu.config import RunConfig
-    from condu.models.clip import ClipModel
-    from condu.tasks.benchmark import Benchmark
+    from condu.fusion import ConDU
+    from condu.models.base import LiveModel, Scorer
+    from condu.tasks.benchmark import Benchmark, Task
 
-
-@dataclass(frozen=True)
-class Trained:
-    """Weights in a file, the task that they were last trained on, the seconds that took, and the
-    loss at the end."""
-
-    path: Path
-    task: str
-    seconds: float
-    loss: float
-
-    @classmethod
-    def open(cls, path: Path) -> Trained:
-        """Read the facts in the file's header, not the weights."""
-        facts = load_facts(path)
-        return cls(path, facts["task"], float(facts["seconds"]), float(facts["loss"]))
-
-    def load(self) -> dict[str, Tensor]:
-        return load_weights(self.path)
+Tuning = Literal["full", "lora", "pam"]
+"""What a method fine-tunes: all weights, or adapters of the rank in the section `lora` or `pam`."""
 
 
 class Workspace:
-    """Shared by all methods of a run. `clip.model` holds θ_0 whenever nobody is using it."""
+    """Shared by all methods of a run. `live.model` holds θ_0 whenever nobody is using it."""
 
     def __init__(
         self,
-        clip: ClipModel,
+        live: LiveModel,
         benchmark: Benchmark,
         config: RunConfig,
         folder: Path,
         accelerator: Accelerator,
         progress: RunProgress,
     ) -> None:
-        self.clip = clip
+        self.live = live
         self.benchmark = benchmark
         self.config = config
         self.folder = folder
         self.accelerator = accelerator
         self.progress = progress
-        clip.model.to(accelerator.device).eval()
+        live.model.to(accelerator.device).eval()
         self._zero_shot: dict[int, float] = {}
+        self._adapted: dict[int, Tuner] = {}
+
+    def tuner(self, tuning: Tuning) -> Tuner:
+        """The one tuner of a kind; methods whose adapters have the same rank share theirs."""
+        if tuning == "full":
+            return self._full
+        rank = self.config.lora.rank if tuning == "lora" else self.config.pam.rank
+        if rank not in self._adapted:
+            self._adapted[rank] = self._adapters(rank)
+        return self._adapted[rank]
 
     @cached_property
-    def evaluator(self) -> Evaluator:
-        """Made at first use: only the main process evaluates."""
-        batch_size = self.config.evaluation.batch_size
-        return Evaluator(self.clip, self.benchmark, batch_size=batch_size)
+    def scorer(self) -> Scorer:
+        """Of the live model; made at first use, for only the main process evaluates."""
+        return self.live.evaluator(self.benchmark, batch_size=self.config.evaluation.batch_size)
 
-    def using(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Put weights into the live model for a while; θ_0 is back afterwards."""
-        return weights_in(self.clip.model, weights)
+    @property
+    def votes(self) -> bool:
+        """Whether experts can be chosen by semantic voting, which compares features of images with
+        prototypes."""
+        return isinstance(self.scorer, Evaluator)
 
-    def finetune(self, index: int) -> Trained:
-        """Fine-tune on task `index` from θ_0, once in a run whatever the number of methods that ask
-        for it. To be called in every process."""
-        return self.train(self._finetuned_file(index), index)
+    @cached_property
+    def prototypes(self) -> PrototypeSet:
+        """Of the tasks learnt so far, by any method: they depend on θ_0 alone."""
+        file = self._prototype_file
+        return PrototypeSet.load(file) if file.exists() else PrototypeSet()
 
-    def finetuned(self, index: int) -> Trained:
-        """What `finetune` made of task `index`."""
-        return Trained.open(self._finetuned_file(index))
-
-    def train(self, path: Path, index: int, start: Trained | None = None) -> Trained:
-        """Fine-tune on task `index`, from `start` or else from θ_0, into the file `path`, unless it
-        holds the result already. To be called in every process; the main one writes the file."""
-        task = self.benchmark.tasks[index]
-        self.accelerator.wait_for_everyone()  # all of them see the result, or none does
-        if not (path.exists() and Trained.open(path).task == task.name):
-            with self.using(start.load() if start else {}):
-                began = time.perf_counter()
-                loss = finetune(
-                    self.clip,
-                    task,
-                    self.config.training,
-                    self.accelerator,
-                    seed=self.config.seed,
-                    progress=self.progress,
-                )
-                seconds = time.perf_counter() - began
-                if self.accelerator.is_main_process:
-                    save_weights(
-                        path,
-                        copy_weights(self.clip.model),
-                        task=task.name,
-                        seconds=repr(seconds),
-                        loss=repr(loss),
-                    )
-            steps = self.config.training.steps
-            origin = f"the model after {start.task}" if start else "the pretrained model"
-            self.progress.line(
-                f"{task.name}: {steps} steps from {origin} in {seconds:.1f} s, loss {loss:.3f}"
-            )
-            self.accelerator.wait_for_everyone()
-        return Trained.open(path)
+    def add_prototypes(self, task: Task, fusion: ConDU) -> None:
+        """Add a task's prototypes, unless another method has."""
+        if task.name not in self.prototypes:
+            assert isinstance(self.scorer, Evaluator)
+            self.scorer.add_prototypes(self.prototypes, task, fusion)
+            self.prototypes.save(self._prototype_file)
 
     def zero_shot_accuracy(self, index: int) -> float:
-        """Accuracy (percent) of θ_0 on the dataset of task `index`, measured once."""
+        """Accuracy (percent) of θ_0 on the data set of task `index`, measured once."""
         if index not in self._zero_shot:
-            self._zero_shot[index] = self.evaluator.accuracy(self.benchmark.tasks[index])
+            self._zero_shot[index] = self.scorer.accuracy(self.benchmark.tasks[index])
         return self._zero_shot[index]
 
-    def _finetuned_file(self, index: int) -> Path:
-        return self.folder / "finetuned" / f"{index:03d}.safetensors"
+    @cached_property
+    def _full(self) -> Tuner:
+        train_all_weights(self.live)
+        return Tuner(
+            self.live,
+            self.config.training,
+            self,
+            self.folder / "finetuned",
+            names=frozenset(self.live.model.state_dict()),
+        )
+
+    @property
+    def _prototype_file(self) -> Path:
+        return self.folder / "prototypes.safetensors"
+
+    def _adapters(self, rank: int) -> Tuner:
+        from condu.models.lora import add_lora
+
+        lora = self.config.lora
+        model = add_lora(
+            _over_the_same_memory(self.live.model),
+            rank=rank,
+            targets=lora.targets or self.live.lora_targets,
+            seed=self.config.seed,
+        )
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        return Tuner(
+            self.live.with_model(model.to(self.accelerator.device).eval()),
+            lora.training(self.config.training),
+            self,
+            self.folder / f"lora-{rank}",
+            names=frozenset(trainable),
+        )
+
+
+def _over_the_same_memory(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are others (frozen or not by themselves) but share their memory."""
+    parameters = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, parameters)

@@ -19,7 +19,7 @@ from condu.cli import app
 def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every command works on the tiny benchmark, in a folder of its own."""
     monkeypatch.setattr(trainer, "load_benchmark", lambda name, seed: tiny_benchmark())
-    monkeypatch.setattr(trainer, "load_clip", lambda name, pretrained: tiny_clip())
+    monkeypatch.setattr(trainer, "load_model", lambda name, pretrained: tiny_clip())
     monkeypatch.chdir(tmp_path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny_run import tiny_trainer
 
-from condu import workspace
+from condu import tuning
 from condu.methods import METHODS, Method, register
 
 Run = Callable[..., dict[str, Any]]
@@ -30,14 +30,14 @@ def trained_by(
     """What a run with these methods fine-tunes: (task, from θ_0)."""
     seen: list[tuple[str, bool]] = []
     trainer = tiny_trainer(out, methods=methods, training={"steps": 1})
-    start = trainer.clip.model.state_dict()["visual.proj"].clone()
-    finetune = workspace.finetune
+    start = trainer.live.model.state_dict()["visual.proj"].clone()
+    finetune = tuning.finetune
 
     def counted(clip: Any, task: Any, *args: Any, **kwargs: Any) -> float:
         seen.append((task.name, bool((clip.model.visual.proj == start).all())))
         return finetune(clip, task, *args, **kwargs)
 
-    monkeypatch.setattr(workspace, "finetune", counted)
+    monkeypatch.setattr(tuning, "finetune", counted)
     trainer.run()
     return seen
 
@@ -121,13 +121,13 @@ def test_a_name_is_registered_once() -> None:
 
 
 def test_a_new_method_needs_only_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from condu.methods import Seconds
+    from condu.methods import Learned
 
     class Guess(Method):
         name = "guess"
 
-        def learn(self, index: int) -> Seconds:
-            return Seconds(train=1.5)
+        def learn(self, index: int) -> Learned:
+            return Learned(train=1.5)
 
         def rows(self, index: int, protocols: Any) -> Any:
             return {protocol: [float(index), 50.0] for protocol in protocols}

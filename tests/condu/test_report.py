@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from condu.report import matrix_table, summary_table
+from condu.report import matrix_table, misalignment, summary_table
 from condu.report.plots import save_plots
 
 
@@ -18,18 +18,21 @@ def results(tasks: int = 2) -> dict[str, Any]:
     def table(value: float) -> dict[str, Any]:
         matrix = [[value + i + j for j in range(tasks)] for i in range(tasks)]
         transfer = None if tasks == 1 else value
-        return {"matrix": matrix, "transfer": transfer, "average": value + 1, "last": value + 2}
+        bwt = None if tasks == 1 else -value
+        summary = {"transfer": transfer, "average": value + 1, "last": value + 2, "bwt": bwt}
+        return {"matrix": matrix, **summary}
 
     return {
         "benchmark": "tiny",
         "seed": 7,
         "tasks": [f"task {i}" for i in range(tasks)],
         "methods": {
-            "sequential": {
+            "individual_lora": {
                 "task-id": table(10.04),
                 "seconds": {"train": 12.34, "fuse": 0.0, "evaluate": 1.0},
             },
             "two": {
+                "misaligned": [0.25, 0.125],
                 "task-id": table(30.06),
                 "agnostic": table(50.0),
                 "seconds": {"train": 12.34, "fuse": 0.0123, "evaluate": 1.0},
@@ -49,14 +52,24 @@ def test_the_summary_has_one_line_a_method_within_80_columns() -> None:
     lines = printed(summary_table(results()))
     cells = {line.split()[0]: line.split()[1:] for line in lines if "12.3" in line}
     assert cells == {
-        "sequential": ["10.0", "11.0", "12.0", "–", "–", "12.3", "0.000"],
-        "two": ["30.1", "31.1", "32.1", "51.0", "52.0", "12.3", "0.012"],
+        "individual_lora": ["10.0", "11.0", "12.0", "-10.0", "–", "–", "12.3", "0"],
+        "two": ["30.1", "31.1", "32.1", "-30.1", "51.0", "52.0", "12.3", "12"],
     }
+    assert "Transfer  Average  Last" in " ".join(lines)  # not cut
     assert any("tiny: 2 tasks, seed 7" in line for line in lines)
 
 
+def test_misalignment_is_the_mean_over_tasks_and_only_of_methods_that_merge() -> None:
+    line = misalignment(results())
+    assert line is not None
+    assert line.endswith("before merging: two 18.8 %")
+    without = results()
+    del without["methods"]["two"]
+    assert misalignment(without) is None
+
+
 def test_what_one_task_leaves_undefined_is_a_dash() -> None:
-    line = next(line for line in printed(summary_table(results(1))) if "sequential" in line)
+    line = next(line for line in printed(summary_table(results(1))) if "individual_lora" in line)
     assert line.split()[1] == "–"
 
 
@@ -74,7 +87,7 @@ def test_the_matrix_table_has_a_row_for_each_task() -> None:
 def test_one_picture_a_matrix_and_a_summary(tmp_path: Path, tasks: int) -> None:
     files = save_plots(results(tasks), tmp_path / "report")
     assert [file.name for file in files] == [
-        "accuracy-sequential-task-id.png",
+        "accuracy-individual_lora-task-id.png",
         "accuracy-two-task-id.png",
         "accuracy-two-agnostic.png",
         "summary.png",
@@ -87,10 +100,10 @@ def test_one_picture_a_matrix_and_a_summary(tmp_path: Path, tasks: int) -> None:
 
 def test_the_pictures_show_the_numbers(tmp_path: Path) -> None:
     low, high = results(), results()
-    high["methods"]["sequential"]["task-id"]["matrix"][0][0] = 90.0
+    high["methods"]["individual_lora"]["task-id"]["matrix"][0][0] = 90.0
     save_plots(low, tmp_path / "low")
     save_plots(high, tmp_path / "high")
-    name = "accuracy-sequential-task-id.png"
+    name = "accuracy-individual_lora-task-id.png"
     assert (tmp_path / "low" / name).read_bytes() != (tmp_path / "high" / name).read_bytes()
     name = "accuracy-two-task-id.png"
     assert (tmp_path / "low" / name).read_bytes() == (tmp_path / "high" / name).read_bytes()

@@ -21,7 +21,7 @@ from condu.metrics import summarize
 from condu.progress import RunProgress
 from condu.runfolder import RunFolder, RunFolderError
 from condu.trainer import make_benchmark
-from condu.training import finetune, learning_rate
+from condu.training import finetune, learning_rate, train_all_weights
 from condu.weights import copy_weights, load_weights, weights_in
 from condu_ext.files import replace
 
@@ -68,6 +68,7 @@ def tuned(task: int = 0, seed: int = 0, **changes: Any) -> dict[str, torch.Tenso
     clip = tiny_clip()
     config = tiny_config(**changes).training
     task_ = tiny_benchmark().tasks[task]
+    train_all_weights(clip)
     finetune(clip, task_, config, Accelerator(), seed=seed, progress=RunProgress())
     return copy_weights(clip.model)
 
@@ -181,7 +182,7 @@ def test_a_run_leaves_its_configuration_models_state_and_prototypes(finished: Pa
     assert load_config(finished / "config.yaml") == tiny_config()
     assert (finished / "finetuned" / "001.safetensors").exists()
     assert (finished / "condu" / "state" / "config.json").exists()
-    assert (finished / "condu" / "prototypes.safetensors").exists()
+    assert (finished / "prototypes.safetensors").exists()
 
 
 def test_a_run_repeats(finished: Path, tmp_path: Path) -> None:
@@ -224,9 +225,9 @@ def test_one_task_has_no_transfer(tmp_path: Path) -> None:
 
 def test_the_model_is_the_pretrained_one_again_after_a_run(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", **QUICK)
-    before = copy_weights(trainer.clip.model)
+    before = copy_weights(trainer.live.model)
     trainer.run()
-    after = copy_weights(trainer.clip.model)
+    after = copy_weights(trainer.live.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -5,40 +5,56 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     from condu.evaluation import Protocol
-    from condu.workspace import Workspace
+    from condu.tuning import Tuner
+    from condu.workspace import Tuning, Workspace
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """Wall-clock seconds of learning one task: fine-tuning, fusing it into the unified model, and
-    work on behalf of evaluation such as prototypes."""
+class Learned:
+    """What learning one task took and showed: wall-clock seconds of fine-tuning, of fusing, and of
+    work on behalf of evaluation such as prototypes; and, of methods that merge an adapter into a
+    global one, the share of its weights whose sign was the opposite of the global one's."""
 
     train: float = 0.0
     fuse: float = 0.0
     evaluate: float = 0.0
+    misaligned: float | None = None
 
 
 class Method(ABC):
     """One line of the table. For task 0, 1, … the trainer calls `learn(index)`, then `rows(index)`.
 
-    The live model `workspace.clip.model` holds θ_0 before and after each of these calls. What a
-    method needs later it keeps on disk under `workspace.folder`, and `learn` finds it there if it
-    had finished before the process was killed: learning the same task again changes nothing.
-    `learn` runs in every process of a distributed run, `rows` only in the main one.
+    The live model of `tuner` holds θ_0 before and after each of these calls. What a method needs
+    later it keeps on disk under `folder`, and `learn` finds it there if it had finished before the
+    process was killed: learning the same task again changes nothing. `learn` runs in every process
+    of a distributed run, `rows` only in the main one.
     """
 
     name: ClassVar[str]
-    protocols: ClassVar[tuple[Protocol, ...]] = ("task-id", "agnostic")
+    tuning: ClassVar[Tuning] = "full"
+    protocols: tuple[Protocol, ...] = ("task-id", "agnostic")
+    """Those it can be evaluated with; an instance may have fewer than its class."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
 
+    @property
+    def tuner(self) -> Tuner:
+        """What fine-tunes for this method."""
+        return self.workspace.tuner(self.tuning)
+
+    @property
+    def folder(self) -> Path:
+        """The method's own part of the run folder."""
+        return self.workspace.folder / self.name
+
     @abstractmethod
-    def learn(self, index: int) -> Seconds:
+    def learn(self, index: int) -> Learned:
         """Learn task `index`; those before it have been learnt, perhaps before a restart."""
 
     @abstractmethod

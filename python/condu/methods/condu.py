@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from condu.evaluation import Evaluator
 from condu.fusion import ConDU
-from condu.methods.base import Method, Seconds, register
-from condu.prototypes import PrototypeSet
-from condu.workspace import Workspace
+from condu.methods.base import Learned, Method, register
+from condu.workspace import Tuning, Workspace
 
 if TYPE_CHECKING:
     from condu.evaluation import Protocol
@@ -24,58 +24,78 @@ if TYPE_CHECKING:
 @register
 class ConDUFineTuning(Method):
     """`task-id`: a seen task is answered by its decoupled expert, an unseen one by semantic voting.
-    `agnostic`: every dataset by semantic voting."""
+    `agnostic`: every dataset by semantic voting.
+
+    A model that cannot vote, having no features of images and texts that could be compared, has
+    the protocol `task-id` alone, and answers an unseen task as the pretrained model does.
+    """
 
     name: ClassVar[str] = "condu"
 
     def __init__(self, workspace: Workspace) -> None:
         super().__init__(workspace)
-        config = workspace.config
+        config, model = workspace.config, self.tuner.live.model
         if (self._state / "config.json").exists():  # its commit point, written last
-            self.fusion = ConDU.from_pretrained(self._state, workspace.clip.model)
+            self.fusion = ConDU.from_pretrained(self._state, model)
         else:
             self.fusion = ConDU(
-                workspace.clip.model,
+                model,
                 rule=config.fusion.rule(),
                 state_dtype=getattr(torch, config.fusion.state_dtype),
             )
-        self.prototypes = (
-            PrototypeSet.load(self._prototype_file)
-            if self._prototype_file.exists()
-            else PrototypeSet()
-        )
-        self.voting = config.voting.voting()
+        if not workspace.votes:
+            self.protocols = ("task-id",)
 
-    def learn(self, index: int) -> Seconds:
-        workspace = self.workspace
-        finetuned = workspace.finetune(index)
+    def learn(self, index: int) -> Learned:
+        workspace, tuner = self.workspace, self.tuner
+        finetuned = tuner.finetune(index)
         if not workspace.accelerator.is_main_process:
-            return Seconds(train=finetuned.seconds)
+            return Learned(train=finetuned.seconds)
         task = workspace.benchmark.tasks[index]
         fuse = 0.0
         if task.name not in self.fusion.tasks:
-            workspace.clip.model.load_state_dict(finetuned.load())
+            tuner.put(finetuned)
             began = time.perf_counter()
             self.fusion.absorb(task.name)  # and puts θ_0 back into the live model
             fuse = time.perf_counter() - began
             self.fusion.save_pretrained(self._state)
         began = time.perf_counter()
-        if task.name not in self.prototypes:
-            workspace.evaluator.add_prototypes(self.prototypes, task, self.fusion)
-            self.prototypes.save(self._prototype_file)
+        if workspace.votes:
+            workspace.add_prototypes(task, self.fusion)
         evaluate = time.perf_counter() - began
-        return Seconds(train=finetuned.seconds, fuse=fuse, evaluate=evaluate)
+        return Learned(train=finetuned.seconds, fuse=fuse, evaluate=evaluate)
 
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
-        rows = self.workspace.evaluator.fused_rows(
-            self.fusion, self.prototypes, self.voting, protocols=protocols
+        scorer = self.tuner.scorer
+        if not isinstance(scorer, Evaluator):
+            return {"task-id": self._row_by_task()}
+        rows = scorer.fused_rows(
+            self.fusion,
+            self.workspace.prototypes,
+            self.workspace.config.voting.voting(),
+            protocols=protocols,
         )
         return {protocol: list(row.accuracy) for protocol, row in rows.items()}
 
-    @property
-    def _state(self) -> Path:
-        return self.workspace.folder / self.name / "state"
+    def _row_by_task(self) -> list[float]:
+        row = []
+        for index, task in enumerate(self.workspace.benchmark):
+            if task.name in self.fusion.tasks:
+                with self.fusion.expert(task.name):
+                    row.append(self.tuner.scorer.accuracy(task))
+            else:
+                row.append(self.workspace.zero_shot_accuracy(index))
+        return row
 
     @property
-    def _prototype_file(self) -> Path:
-        return self.workspace.folder / self.name / "prototypes.safetensors"
+    def _state(self) -> Path:
+        return self.folder / "state"
+
+
+@register
+class ConDULoRA(ConDUFineTuning):
+    """The same over adapters: their factors A and B are unified element by element, as the paper
+    does it, from the initialisation that all tasks share."""
+
+    name: ClassVar[str] = "condu_lora"
+    tuning: ClassVar[Tuning] = "lora"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from condu.methods.base import Method, Seconds, register
-from condu.workspace import Workspace
+from condu.methods.base import Learned, Method, register
+from condu.workspace import Tuning, Workspace
 
 if TYPE_CHECKING:
     from condu.evaluation import Protocol
@@ -18,14 +18,14 @@ class Individual(Method):
     nothing to choose a model by when the task is unknown, so the only protocol is `task-id`."""
 
     name: ClassVar[str] = "individual"
-    protocols: ClassVar[tuple[Protocol, ...]] = ("task-id",)
+    protocols: tuple[Protocol, ...] = ("task-id",)
 
     def __init__(self, workspace: Workspace) -> None:
         super().__init__(workspace)
         self._accuracy: dict[int, float] = {}
 
-    def learn(self, index: int) -> Seconds:
-        return Seconds(train=self.workspace.finetune(index).seconds)
+    def learn(self, index: int) -> Learned:
+        return Learned(train=self.tuner.finetune(index).seconds)
 
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
         row = [
@@ -37,8 +37,15 @@ class Individual(Method):
     def _own_accuracy(self, index: int) -> float:
         """Accuracy of a task's own model, which never changes: measured once."""
         if index not in self._accuracy:
-            workspace = self.workspace
-            with workspace.using(workspace.finetuned(index).load()):
-                task = workspace.benchmark.tasks[index]
-                self._accuracy[index] = workspace.evaluator.accuracy(task)
+            with self.tuner.using(self.tuner.finetuned(index).load()):
+                task = self.workspace.benchmark.tasks[index]
+                self._accuracy[index] = self.tuner.scorer.accuracy(task)
         return self._accuracy[index]
+
+
+@register
+class IndividualLoRA(Individual):
+    """An adapter for each task: the upper line of all methods that fine-tune adapters."""
+
+    name: ClassVar[str] = "individual_lora"
+    tuning: ClassVar[Tuning] = "lora"

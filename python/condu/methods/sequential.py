@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from condu.methods.base import Method, Seconds, register
-from condu.workspace import Trained
+from condu.methods.base import Learned, Method, register
+from condu.tuning import Trained
+from condu.workspace import Tuning
 
 if TYPE_CHECKING:
     from condu.evaluation import Protocol
@@ -19,22 +20,29 @@ class Sequential(Method):
 
     name: ClassVar[str] = "sequential"
 
-    def learn(self, index: int) -> Seconds:
-        workspace = self.workspace
+    def learn(self, index: int) -> Learned:
         if index == 0:  # θ_0 is where every task's own model starts too: nothing is trained twice
-            return Seconds(train=workspace.finetune(0).seconds)
-        trained = workspace.train(self._file, index, start=self._latest(index - 1))
-        return Seconds(train=trained.seconds)
+            return Learned(train=self.tuner.finetune(0).seconds)
+        trained = self.tuner.train(self._file, index, start=self._latest(index - 1))
+        return Learned(train=trained.seconds)
 
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
-        with self.workspace.using(self._latest(index).load()):
-            row = self.workspace.evaluator.accuracies()
+        with self.tuner.using(self._latest(index).load()):
+            row = self.tuner.scorer.accuracies()
         return {protocol: list(row) for protocol in protocols}
 
     @property
     def _file(self) -> Path:
-        return self.workspace.folder / self.name / "model.safetensors"
+        return self.folder / "model.safetensors"
 
     def _latest(self, index: int) -> Trained:
         """The model on disk after task `index`, or after the next one if a kill came in between."""
-        return Trained.open(self._file) if index else self.workspace.finetuned(0)
+        return Trained.open(self._file) if index else self.tuner.finetuned(0)
+
+
+@register
+class SequentialLoRA(Sequential):
+    """One adapter, fine-tuned on one task after another: what aligned merging is held against."""
+
+    name: ClassVar[str] = "sequential_lora"
+    tuning: ClassVar[Tuning] = "pam"

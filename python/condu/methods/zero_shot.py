@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from condu.methods.base import Method, Seconds, register
+from condu.methods.base import Learned, Method, register
 
 if TYPE_CHECKING:
     from condu.evaluation import Protocol
@@ -17,8 +17,8 @@ class ZeroShot(Method):
 
     name: ClassVar[str] = "zero_shot"
 
-    def learn(self, index: int) -> Seconds:
-        return Seconds()
+    def learn(self, index: int) -> Learned:
+        return Learned()
 
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
         row = [self.workspace.zero_shot_accuracy(j) for j in range(len(self.workspace.benchmark))]

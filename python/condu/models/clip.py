@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import open_clip
+import torch.nn.functional as F
 from open_clip.transform import AugmentationCfg, image_transform
 from PIL.Image import Image
 from torch import Tensor, nn
+
+from condu.evaluation import Evaluator
+from condu.tasks.benchmark import Benchmark, Task, TransformedDataset
+
+if TYPE_CHECKING:
+    from condu.models.base import Objective
 
 # The only augmentation of MTIL's protocol: a crop of 90-100 % of the area, no flip.
 AUGMENTATION = AugmentationCfg(scale=(0.9, 1.0))
@@ -23,13 +31,42 @@ class ClipModel:
         [N, D], ``logit_scale`` (a logarithm).
     tokenize: texts to int64 [N, context length].
     train_transform, test_transform: an RGB image to float32 [3, H, W]; the first crops at random.
+
+    To the trainer it is a `condu.models.base.LiveModel`.
     """
+
+    frozen: ClassVar[tuple[str, ...]] = ("logit_scale", "logit_bias")
+    lora_targets: ClassVar[tuple[str, ...]] = ("c_fc", "c_proj")
+    task_type: ClassVar[type] = Task
+    collate: ClassVar[None] = None
 
     name: str
     model: nn.Module
     tokenize: Callable[[Sequence[str]], Tensor]
     train_transform: Callable[[Image], Tensor]
     test_transform: Callable[[Image], Tensor]
+
+    def training_set(self, task: Task) -> TransformedDataset:
+        """Images of the task through `train_transform`, with labels."""
+        return task.dataset("train", self.train_transform)
+
+    def objective(self, task: Task, label_smoothing: float) -> Objective:
+        """Cross-entropy of exp(logit_scale)·image·textᵀ over the task's classes, text from its
+        first template (ConDU, arXiv 2503.10705, and its code)."""
+        prompts = self.tokenize([task.templates[0].format(name) for name in task.classnames])
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            pixels, labels = batch
+            image, text, scale = model(pixels, prompts.to(pixels.device))[:3]
+            return F.cross_entropy(scale * image @ text.T, labels, label_smoothing=label_smoothing)
+
+        return loss
+
+    def evaluator(self, benchmark: Benchmark, *, batch_size: int) -> Evaluator:
+        return Evaluator(self, benchmark, batch_size=batch_size)
+
+    def with_model(self, model: nn.Module) -> ClipModel:
+        return replace(self, model=model)
 
 
 def _load_mini() -> ClipModel:

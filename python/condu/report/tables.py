@@ -16,38 +16,54 @@ NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad
 def protocols_of(method: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The protocols that a method was evaluated with, each with its matrix and summary."""
     for key, value in method.items():
-        if key != "seconds":
+        if key not in ("seconds", "misaligned"):
             yield key, value
 
 
+def misalignment(results: Mapping[str, Any]) -> str | None:
+    """Of the methods that merge adapters: how much of an adapter had the opposite sign of the
+    global one just before it was merged, as the mean over tasks. None if there is no such method.
+    """
+    shares = {
+        name: percent(100 * sum(method["misaligned"]) / len(method["misaligned"]))
+        for name, method in results["methods"].items()
+        if method.get("misaligned")
+    }
+    if not shares:
+        return None
+    every = ", ".join(f"{name} {share} %" for name, share in shares.items())
+    return f"weights misaligned with the global adapter before merging: {every}"
+
+
 def summary_table(results: Mapping[str, Any]) -> Table:
-    """One line a method: Transfer, Average, Last with the task known, Average and Last without, and
-    the seconds spent training and fusing. Accuracies in percent."""
+    """One line a method: Transfer, Average, Last (which is ACC too) and BWT with the task known,
+    Average and Last without, and the time spent training and fusing. Accuracies in percent."""
     tasks = len(results["tasks"])
     table = Table(
         title=f"{results['benchmark']}: {tasks} task{'s' * (tasks > 1)}, seed {results['seed']}",
-        caption="accuracy in percent; task-id, agnostic: with and without the task given",
+        caption="accuracy in percent; (id), (no id): with and without the task given; Last is ACC",
         **NARROW,
     )
     table.add_column("method", no_wrap=True)
     for column in (
-        "Transfer\ntask-id",
-        "Average\ntask-id",
-        "Last\ntask-id",
-        "Average\nagnostic",
-        "Last\nagnostic",
-        "seconds\ntraining",
-        "seconds\nfusing",
+        "Transfer\n(id)",
+        "Average\n(id)",
+        "Last\n(id)",
+        "BWT\n(id)",
+        "Average\n(no id)",
+        "Last\n(no id)",
+        "train\ns",
+        "fuse\nms",
     ):
         table.add_column(column, justify="right")
     for name, method in results["methods"].items():
         known, unknown = method.get("task-id", {}), method.get("agnostic", {})
         table.add_row(
             name,
-            *(percent(known.get(metric)) for metric in ("transfer", "average", "last")),
+            *(percent(known.get(metric)) for metric in ("transfer", "average", "last", "bwt")),
             *(percent(unknown.get(metric)) for metric in ("average", "last")),
             f"{method['seconds']['train']:.1f}",
-            f"{method['seconds']['fuse']:.3f}",
+            f"{1000 * method['seconds']['fuse']:.0f}",
         )
     return table
 

@@ -1,0 +1,71 @@
+"""What the trainer asks of a model: examples to train on, a loss, and a way to score it.
+
+A `LiveModel` is a module and all that goes with it. Everything here works on whatever weights the
+module holds at the moment; methods put weights in and take them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from condu.tasks.benchmark import Benchmark
+
+Objective = Callable[[nn.Module, Any], Tensor]
+"""The mean loss of a batch under a module that may be wrapped (DistributedDataParallel, PEFT)."""
+
+
+class Scorer(Protocol):
+    """Measures a live model on the test sets of a benchmark, in percent."""
+
+    def accuracy(self, task: Any) -> float:
+        """Accuracy of the live weights on a task's test set."""
+        ...
+
+    def accuracies(self) -> list[float]:
+        """`accuracy` on every data set of the benchmark, in its order."""
+        ...
+
+    def over(self, live: Any) -> Self:
+        """The same over another live model, sharing test sets that were read already. The other
+        model must compute what this one does at θ_0, as one with fresh adapters does."""
+        ...
+
+
+class LiveModel(Protocol):
+    """`frozen`: last parts of names of parameters that fine-tuning leaves alone. `lora_targets`:
+    names of the modules that get adapters. `collate`: examples to a batch; None for torch's own.
+    """
+
+    frozen: ClassVar[tuple[str, ...]]
+    lora_targets: ClassVar[tuple[str, ...]]
+    task_type: ClassVar[type]
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def collate(self) -> Callable[[list[Any]], Any] | None: ...
+
+    def training_set(self, task: Any) -> Dataset[Any]:
+        """Map-style examples of a task, through the transform for training."""
+        ...
+
+    def objective(self, task: Any, label_smoothing: float) -> Objective:
+        """The loss of a task."""
+        ...
+
+    def evaluator(self, benchmark: Benchmark, *, batch_size: int) -> Scorer:
+        """A scorer of this model."""
+        ...
+
+    def with_model(self, model: nn.Module) -> Self:
+        """The same around another module of the same kind."""
+        ...
