@@ -39,6 +39,7 @@ EXTRA = {
     "pydantic": "pydantic",
     "sklearn": "scikit-learn",
     "torchvision": "torchvision",
+    "transformers": "transformers",
     "yaml": "pyyaml",
 }
 """What the extra `train` brings: module and distribution."""

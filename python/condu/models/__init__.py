@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from condu.models.clip import ClipModel, load_clip
+from condu.models.llava import VqaModel, load_vqa
 
 if TYPE_CHECKING:
     from condu.models.base import LiveModel
 
-__all__ = ["ClipModel", "load_clip", "load_model"]
+__all__ = ["ClipModel", "VqaModel", "load_clip", "load_model", "load_vqa"]
 
 
 def load_model(name: str, pretrained: str | None = None) -> LiveModel:
@@ -19,8 +20,6 @@ def load_model(name: str, pretrained: str | None = None) -> LiveModel:
     Raises ValueError for an unknown name, and for ``pretrained`` where the weights are shipped.
     """
     if name == "mini_vqa":
-        from condu.models.llava import load_vqa
-
         if pretrained is not None:
             raise ValueError(f"model {name!r} ships its weights, got pretrained={pretrained!r}")
         return load_vqa(name)

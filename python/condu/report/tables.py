@@ -41,7 +41,7 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     tasks = len(results["tasks"])
     table = Table(
         title=f"{results['benchmark']}: {tasks} task{'s' * (tasks > 1)}, seed {results['seed']}",
-        caption="accuracy in percent; (id), (no id): with and without the task given; Last is ACC",
+        caption="percent; (id), (no id): with and without the task given; Last is ACC",
         **NARROW,
     )
     table.add_column("method", no_wrap=True)

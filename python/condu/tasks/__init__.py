@@ -1,20 +1,26 @@
-"""Benchmarks: sequences of image classification tasks with class names and prompts."""
+"""Benchmarks: sequences of image classification or visual question answering tasks."""
 
 from __future__ import annotations
 
 from condu.tasks.benchmark import Benchmark, Task
+from condu.tasks.vqa import VqaTask
 
-__all__ = ["Benchmark", "Task", "load_benchmark"]
+__all__ = ["Benchmark", "Task", "VqaTask", "load_benchmark"]
 
 
 def load_benchmark(name: str, *, seed: int = 0) -> Benchmark:
     """The benchmark called ``name``.
 
-    ``"mini"``: small tasks rendered on the fly from ``seed``, no files needed.
+    ``"mini"``: small classification tasks, ``"mini_vqa"``: small tasks of visual question
+    answering; both are rendered on the fly from ``seed``, no files needed.
     Raises ValueError for any other name.
     """
     if name == "mini":
         from condu.tasks.mini import mini_benchmark
 
         return mini_benchmark(seed)
-    raise ValueError(f"unknown benchmark {name!r}, the ones available are: 'mini'")
+    if name == "mini_vqa":
+        from condu.tasks.mini_vqa import mini_vqa_benchmark
+
+        return mini_vqa_benchmark(seed)
+    raise ValueError(f"unknown benchmark {name!r}, the ones available are: 'mini', 'mini_vqa'")

@@ -28,13 +28,13 @@ OPENINGS = ("", "a photo of ", "a picture of ", "an image of ", "a drawing of ")
 Pairs = tuple[np.ndarray, list[str]]  # float canvas [N, SIZE, SIZE, 3] and a caption each
 
 
-def _colour_pair(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+def colour_pair(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Two different colour indices per image."""
     first = rng.integers(len(COLOUR_NAMES), size=n)
     return first, (first + rng.integers(1, len(COLOUR_NAMES), size=n)) % len(COLOUR_NAMES)
 
 
-def _background(rng: np.random.Generator, colour: np.ndarray) -> np.ndarray:
+def background(rng: np.random.Generator, colour: np.ndarray) -> np.ndarray:
     """A plain colour, brighter towards a random side."""
     n = len(colour)
     centre = np.full((n, 2), draw.SIZE / 2)
@@ -66,7 +66,7 @@ def _describe(
 
 
 def _characters(rng: np.random.Generator, n: int) -> Pairs:
-    ink, ground = _colour_pair(rng, n)
+    ink, ground = colour_pair(rng, n)
     digit = rng.random(n) < 0.3
     numeral, letter = rng.integers(10, size=n), rng.integers(26, size=n)
     symbols, nouns = [], []
@@ -77,36 +77,36 @@ def _characters(rng: np.random.Generator, n: int) -> Pairs:
     centre, radius, angle = _place(rng, n, (14.0, 21.0), 0.25)
     fonts = [FONTS[i] for i in rng.integers(len(FONTS), size=n)]
     coverage = draw.glyphs(symbols, fonts, *draw.frame(centre, radius, angle))
-    canvas = draw.blend(_background(rng, ground), sample_colours(rng, ink), coverage)
+    canvas = draw.blend(background(rng, ground), sample_colours(rng, ink), coverage)
     return canvas, _describe(rng, nouns, ink, ground)
 
 
 def _single_shapes(rng: np.random.Generator, n: int) -> Pairs:
-    ink, ground = _colour_pair(rng, n)
+    ink, ground = colour_pair(rng, n)
     kind = rng.integers(len(SHAPES), size=n)
     centre, radius, angle = _place(rng, n, (8.0, 15.0), 0.3)
     distance = draw.shapes(kind, *draw.frame(centre, radius, angle))
     stroke = np.abs(distance) - (rng.uniform(0.7, 1.5, n) / radius)[:, None, None]
     hollow = (rng.random(n) < 0.5)[:, None, None]
     coverage = draw.fill(np.where(hollow, stroke, distance), radius)
-    canvas = draw.blend(_background(rng, ground), sample_colours(rng, ink), coverage)
+    canvas = draw.blend(background(rng, ground), sample_colours(rng, ink), coverage)
     return canvas, _describe(rng, [SHAPES[k] for k in kind], ink, ground)
 
 
 def _arrows(rng: np.random.Generator, n: int) -> Pairs:
-    ink, ground = _colour_pair(rng, n)
+    ink, ground = colour_pair(rng, n)
     way = rng.integers(len(DIRECTIONS), size=n)
     centre, radius, tilt = _place(rng, n, (8.0, 15.0), 0.2)
     x, y = draw.frame(centre, radius, tilt + way * np.pi / 4)
     coverage = draw.fill(draw.shapes(rng.integers(len(ARROWS), size=n), x, y, ARROWS), radius)
-    canvas = draw.blend(_background(rng, ground), sample_colours(rng, ink), coverage)
+    canvas = draw.blend(background(rng, ground), sample_colours(rng, ink), coverage)
     return canvas, _describe(rng, [f"arrow pointing {DIRECTIONS[w]}" for w in way], ink, ground)
 
 
 def _counts(rng: np.random.Generator, n: int) -> Pairs:
-    ink, ground = _colour_pair(rng, n)
+    ink, ground = colour_pair(rng, n)
     count, kind = rng.integers(1, 10, size=n), rng.integers(len(SHAPES), size=n)
-    canvas, colour = _background(rng, ground), sample_colours(rng, ink)
+    canvas, colour = background(rng, ground), sample_colours(rng, ink)
     places = draw.scatter(rng, n, 4, 0.8)
     radius = rng.uniform(2.8, 3.8, n)
     for i in range(count.max()):
@@ -124,11 +124,11 @@ def _counts(rng: np.random.Generator, n: int) -> Pairs:
 
 
 def _textures(rng: np.random.Generator, n: int) -> Pairs:
-    ink, ground = _colour_pair(rng, n)
+    ink, ground = colour_pair(rng, n)
     kind = rng.integers(len(TEXTURES), size=n)
     centre, period, angle = _place(rng, n, (5.0, 11.0), 0.12)
     value = draw.textures(kind, *draw.frame(centre, period, angle))
-    canvas = draw.blend(_background(rng, ground), sample_colours(rng, ink), value)
+    canvas = draw.blend(background(rng, ground), sample_colours(rng, ink), value)
     captions = []
     for k, i, g in zip(kind, ink, ground, strict=True):
         text = TEXTURES[k]
@@ -147,7 +147,7 @@ def _patches(rng: np.random.Generator, n: int) -> Pairs:
     captions = [
         rng.choice((c, f"{c} background", f"something {c}", f"the colour {c}")) for c in names
     ]
-    return _background(rng, colour), captions
+    return background(rng, colour), captions
 
 
 # Each family of pictures with its share of the corpus.

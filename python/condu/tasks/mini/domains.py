@@ -50,12 +50,12 @@ class Domain:
     test: int
 
 
-def _ramp(low: np.ndarray, high: np.ndarray, value: draw.Field) -> np.ndarray:
+def ramp(low: np.ndarray, high: np.ndarray, value: draw.Field) -> np.ndarray:
     """Canvas that runs from colour ``low`` [N, 3] to ``high`` [N, 3] as ``value`` goes 0 to 1."""
     return draw.blend(np.broadcast_to(low[:, None, None, :], (*value.shape, 3)), high, value)
 
 
-def _tones(rng: np.random.Generator, n: int, low: float, high: float) -> np.ndarray:
+def tones(rng: np.random.Generator, n: int, low: float, high: float) -> np.ndarray:
     """Unnamed colours [n, 3]: grey levels in [low, high] with a slight random tint."""
     return np.clip(rng.uniform(low, high, (n, 1)) + rng.uniform(-0.1, 0.1, (n, 3)), 0, 1)
 
@@ -67,7 +67,7 @@ def _centres(rng: np.random.Generator, n: int, slack: float) -> np.ndarray:
 def _colours(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     """A blob of the colour, unevenly lit, on cloudy grey."""
     n = len(labels)
-    canvas = _ramp(_tones(rng, n, 0.0, 0.5), _tones(rng, n, 0.5, 1.0), draw.clouds(rng, n, 4))
+    canvas = ramp(tones(rng, n, 0.0, 0.5), tones(rng, n, 0.5, 1.0), draw.clouds(rng, n, 4))
     radius = rng.uniform(7, 13, n)
     x, y = draw.frame(_centres(rng, n, 5), radius, rng.uniform(0, np.pi, n))
     wobble = 0.5 * (draw.clouds(rng, n, 5) - 0.5)
@@ -80,13 +80,13 @@ def _colours(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
 def _shapes(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     """Chalk outlines on a dirty blackboard."""
     n = len(labels)
-    canvas = _ramp(_tones(rng, n, 0.0, 0.25), _tones(rng, n, 0.25, 0.5), draw.clouds(rng, n, 8))
+    canvas = ramp(tones(rng, n, 0.0, 0.25), tones(rng, n, 0.25, 0.5), draw.clouds(rng, n, 8))
     radius = rng.uniform(8, 14, n)
     x, y = draw.frame(_centres(rng, n, 3), radius, rng.uniform(-0.5, 0.5, n))
     width = rng.uniform(0.6, 1.3, n) / radius
     outline = np.abs(draw.shapes(labels, x, y)) - width[:, None, None]
     chalk = 0.4 + 0.6 * draw.clouds(rng, n, 12)
-    return draw.blend(canvas, _tones(rng, n, 0.75, 1.0), draw.fill(outline, radius) * chalk)
+    return draw.blend(canvas, tones(rng, n, 0.75, 1.0), draw.fill(outline, radius) * chalk)
 
 
 def _textures(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
@@ -95,18 +95,22 @@ def _textures(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     x, y = draw.frame(_centres(rng, n, 16), rng.uniform(3.2, 6.5, n), rng.uniform(-0.25, 0.25, n))
     value = 0.25 + 0.5 * draw.textures(labels, x, y) + 0.5 * (draw.clouds(rng, n, 3) - 0.5)
     dark = sample_colours(rng, rng.integers(len(COLOUR_NAMES), size=n)) * 0.4
-    return np.clip(_ramp(dark, _tones(rng, n, 0.6, 0.9), value), 0, 1)
+    return np.clip(ramp(dark, tones(rng, n, 0.6, 0.9), value), 0, 1)
 
 
 def _letters(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+    return ink_on_paper(rng, [LETTERS[k].upper() for k in labels])
+
+
+def ink_on_paper(rng: np.random.Generator, characters: list[str]) -> np.ndarray:
     """Ink in serif and italic faces on stained paper."""
-    n = len(labels)
-    canvas = _ramp(_tones(rng, n, 0.55, 0.75), _tones(rng, n, 0.75, 1.0), draw.clouds(rng, n, 6))
+    n = len(characters)
+    canvas = ramp(tones(rng, n, 0.55, 0.75), tones(rng, n, 0.75, 1.0), draw.clouds(rng, n, 6))
     fonts = [LETTER_FONTS[i] for i in rng.integers(len(LETTER_FONTS), size=n)]
     x, y = draw.frame(_centres(rng, n, 3), rng.uniform(15, 22, n), rng.uniform(-0.3, 0.3, n))
-    coverage = draw.glyphs([LETTERS[k].upper() for k in labels], fonts, x, y)
+    coverage = draw.glyphs(characters, fonts, x, y)
     fading = 0.5 + 0.5 * draw.clouds(rng, n, 5)
-    return draw.blend(canvas, _tones(rng, n, 0.1, 0.3), coverage * fading)
+    return draw.blend(canvas, tones(rng, n, 0.1, 0.3), coverage * fading)
 
 
 def _counting(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
@@ -115,7 +119,7 @@ def _counting(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     The training crop takes up to 10 % of the area off: a mark cut off would make the label wrong.
     """
     n = len(labels)
-    canvas = _ramp(_tones(rng, n, 0.1, 0.3), _tones(rng, n, 0.3, 0.5), draw.clouds(rng, n, 3))
+    canvas = ramp(tones(rng, n, 0.1, 0.3), tones(rng, n, 0.3, 0.5), draw.clouds(rng, n, 3))
     kind = rng.integers(len(MARKS), size=n)
     places = draw.scatter(rng, n, 4, 0.8, margin=1.5)
     for i in range(labels.max() + 1):
@@ -123,7 +127,7 @@ def _counting(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
         x, y = draw.frame(places[:, i], radius, rng.uniform(-0.8, 0.8, n))
         coverage = draw.fill(draw.shapes(kind, x, y, MARKS), radius)
         shown = (i <= labels)[:, None, None]
-        canvas = draw.blend(canvas, _tones(rng, n, 0.6, 1.0), shown * coverage)
+        canvas = draw.blend(canvas, tones(rng, n, 0.6, 1.0), shown * coverage)
     return canvas
 
 
@@ -133,7 +137,7 @@ def _directions(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     hatch = rng.integers(4, size=n)
     x, y = draw.frame(_centres(rng, n, 8), rng.uniform(3, 6, n), np.zeros(n))
     ground = 0.3 * draw.textures(hatch, x, y) + 0.7 * draw.clouds(rng, n, 4)
-    canvas = _ramp(_tones(rng, n, 0.45, 0.65), _tones(rng, n, 0.7, 1.0), ground)
+    canvas = ramp(tones(rng, n, 0.45, 0.65), tones(rng, n, 0.7, 1.0), ground)
     radius = rng.uniform(8, 14, n)
     angle = labels * np.pi / 4 + rng.uniform(-0.3, 0.3, n)
     x, y = draw.frame(_centres(rng, n, 3), radius, angle)

@@ -12,7 +12,7 @@ import torch
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 ASSETS = Path(__file__).parent / "assets"
 WEIGHTS = ASSETS / "weights.safetensors"
@@ -76,13 +76,13 @@ def build_model() -> CLIP:
     return CLIP(**model_config())
 
 
-def save_weights(model: CLIP, path: Path) -> None:
+def save_weights(model: nn.Module, path: Path) -> None:
     """Write all parameters as fp16 safetensors."""
     tensors = {name: p.detach().to("cpu", torch.float16) for name, p in model.state_dict().items()}
     save_file(tensors, path)
 
 
-def load_weights(model: CLIP, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path) -> None:
     """Read what save_weights wrote into ``model``, every tensor of it, nothing else."""
     tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
     model.load_state_dict(tensors, strict=True)
