@@ -1,23 +1,41 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_run import tiny_trainer
+from torch import nn
 
 from condu import tuning
 from condu.methods import METHODS, Method, register
+from condu.models.base import LiveModel
+from condu.weights import copy_weights, load_weights
 
 Run = Callable[..., dict[str, Any]]
 
 
+ADAPTERS = ("individual_lora", "condu_lora", "sequential_lora", "lora_average", "pam")
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The methods' part of one whole run."""
-    return tiny_trainer(tmp_path_factory.mktemp("runs") / "run").run()["methods"]
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one whole run with every method, adapters all of one rank."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    targets = ["c_fc", "c_proj", "attn"]
+    lora = {"rank": 4, "lr": 0.03, "steps": 32, "targets": targets}
+    tiny_trainer(out, methods=list(METHODS), lora=lora, pam={"rank": 4, "period": 2}).run()
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(run: Path) -> dict[str, Any]:
+    """The methods' part of it."""
+    return json.loads((run / "results.json").read_text())["methods"]
 
 
 def matrix(results: dict[str, Any], method: str, protocol: str = "task-id") -> list[list[float]]:
@@ -29,13 +47,17 @@ def trained_by(
 ) -> list[tuple[str, bool]]:
     """What a run with these methods fine-tunes: (task, from θ_0)."""
     seen: list[tuple[str, bool]] = []
-    trainer = tiny_trainer(out, methods=methods, training={"steps": 1})
-    start = trainer.live.model.state_dict()["visual.proj"].clone()
+    trainer = tiny_trainer(
+        out, methods=methods, training={"steps": 1}, lora={"rank": 4}, pam={"rank": 4}
+    )
+    starts: dict[nn.Module, dict[str, torch.Tensor]] = {}
     finetune = tuning.finetune
 
-    def counted(clip: Any, task: Any, *args: Any, **kwargs: Any) -> float:
-        seen.append((task.name, bool((clip.model.visual.proj == start).all())))
-        return finetune(clip, task, *args, **kwargs)
+    def counted(live: LiveModel, task: Any, *args: Any, **kwargs: Any) -> float:
+        weights = copy_weights(live.model)
+        start = starts.setdefault(live.model, weights)  # nothing is trained before the first task
+        seen.append((task.name, all(torch.equal(start[n], weights[n]) for n in start)))
+        return finetune(live, task, *args, **kwargs)
 
     monkeypatch.setattr(tuning, "finetune", counted)
     trainer.run()
@@ -51,6 +73,18 @@ def test_nothing_is_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_adapters_of_one_rank_are_trained_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert trained_by(list(ADAPTERS), tmp_path / "run", monkeypatch) == [
+        ("hues", True),
+        ("tones", True),  # individual_lora and condu_lora
+        ("tones", False),  # sequential_lora
+        ("tones", False),  # lora_average
+        ("tones", False),  # pam
+    ]
+
+
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
@@ -58,6 +92,11 @@ def test_nothing_is_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("individual", [("hues", True), ("tones", True)]),
         ("sequential", [("hues", True), ("tones", False)]),
         ("condu", [("hues", True), ("tones", True)]),
+        ("individual_lora", [("hues", True), ("tones", True)]),
+        ("condu_lora", [("hues", True), ("tones", True)]),
+        ("sequential_lora", [("hues", True), ("tones", False)]),
+        ("lora_average", [("hues", True), ("tones", False)]),
+        ("pam", [("hues", True), ("tones", False)]),
     ],
 )
 def test_what_a_method_trains(
@@ -95,6 +134,83 @@ def test_condu_with_one_task_is_that_tasks_model_everywhere(results: dict[str, A
     rows, voted = matrix(results, "condu"), matrix(results, "condu", "agnostic")
     assert rows[0][0] == matrix(results, "individual")[0][0]
     assert rows[0] == voted[0] == matrix(results, "sequential")[0]
+
+
+def test_adapters_learn(results: dict[str, Any]) -> None:
+    rows, untrained = matrix(results, "individual_lora"), matrix(results, "zero_shot")[0]
+    assert rows[0][0] > untrained[0] + 20
+    assert rows[1][1] > untrained[1] + 20
+
+
+def test_every_method_with_adapters_begins_with_the_same_one(results: dict[str, Any]) -> None:
+    """One delta decouples to itself, and the first adapter is the global one."""
+    first = matrix(results, "individual_lora")[0][0]
+    assert {matrix(results, method)[0][0] for method in ADAPTERS} == {first}
+    assert matrix(results, "condu_lora", "agnostic")[0] == matrix(results, "pam")[0]
+
+
+def test_averaging_joins_the_halves_of_what_was_and_what_came(run: Path) -> None:
+    before = load_weights(run / "lora-4" / "000.safetensors")
+    trained = load_weights(run / "lora_average" / "finetuned.safetensors")
+    merged = load_weights(run / "lora_average" / "global.safetensors")
+    assert merged.keys() == before.keys()
+    assert all(torch.equal(merged[n], 0.5 * before[n] + 0.5 * trained[n]) for n in merged)
+
+
+def test_aligning_leaves_no_strong_weight_misaligned(run: Path) -> None:
+    """The period divides the number of steps, so the last step was followed by aligning."""
+
+    def misaligned(method: str, name: str) -> int:
+        g = load_weights(run / "lora-4" / "000.safetensors")[name]
+        w = load_weights(run / method / "finetuned.safetensors")[name]
+        ranked = g.abs().flatten().sort(descending=True).values
+        strong = g.abs() >= ranked[math.ceil(g.numel() / 2) - 1]
+        return int((strong & (g.sign() * w.sign() < 0)).sum())
+
+    names = load_weights(run / "lora-4" / "000.safetensors")
+    assert sum(misaligned("lora_average", name) for name in names) > 0
+    assert sum(misaligned("pam", name) for name in names) == 0
+
+
+def test_merging_reports_the_misaligned_share_of_each_task_from_the_second(
+    run: Path, results: dict[str, Any]
+) -> None:
+    (average,), (aligned,) = (results[name]["misaligned"] for name in ("lora_average", "pam"))
+    g = load_weights(run / "lora-4" / "000.safetensors")
+    w = load_weights(run / "lora_average" / "finetuned.safetensors")
+    opposite = sum(int((g[name] * w[name] < 0).sum()) for name in g)
+    assert average == opposite / sum(value.numel() for value in g.values())
+    assert 0 < aligned < average
+
+
+def test_ranks_of_their_own_mean_adapters_of_their_own(tmp_path: Path) -> None:
+    methods = ["individual_lora", "pam"]
+    tiny_trainer(
+        tmp_path / "run",
+        methods=methods,
+        training={"steps": 1},
+        lora={"rank": 2, "steps": 3},
+        pam={"rank": 3},
+    ).run()
+    ranks = {
+        rank: load_weights(tmp_path / "run" / f"lora-{rank}" / "000.safetensors") for rank in (2, 3)
+    }
+    for rank, weights in ranks.items():
+        assert {w.shape[0] for name, w in weights.items() if "lora_A" in name} == {rank}
+    assert not (tmp_path / "run" / "lora-3" / "001.safetensors").exists()
+
+
+def test_targets_can_be_chosen_and_wrong_ones_are_named(tmp_path: Path) -> None:
+    lora = {"rank": 2, "targets": ["attn"]}
+    tiny_trainer(
+        tmp_path / "run", methods=["individual_lora"], training={"steps": 1}, lora=lora
+    ).run()
+    weights = load_weights(tmp_path / "run" / "lora-2" / "000.safetensors")
+    assert all(".attn." in name for name in weights)
+    with pytest.raises(ValueError, match="target 'q_proj' matches no module"):
+        tiny_trainer(
+            tmp_path / "other", methods=["pam"], lora={"targets": ["q_proj"]}, training={"steps": 1}
+        ).run()
 
 
 def test_protocols_can_be_chosen(tmp_path: Path) -> None:
