@@ -81,7 +81,11 @@ def demo(
 @app.command()
 def run(
     config: Annotated[
-        Path, typer.Argument(help="YAML file; each run leaves one as RUN/config.yaml.")
+        Path,
+        typer.Argument(
+            help="YAML file; each run leaves one as RUN/config.yaml. Those that come with the"
+            " package are configs/mini.yaml (the demo) and configs/mini_vqa_pam.yaml."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(help="Run folder.", show_default="runs/<name of CONFIG>")
@@ -92,9 +96,9 @@ def run(
 ) -> None:
     """Run what a configuration file describes."""
     with _errors("run", debug):
-        from condu.config import load_config
+        from condu.config import find_config, load_config
 
-        loaded = load_config(config)
+        loaded = load_config(find_config(config))
         _run(loaded, out or Path("runs", config.stem), resume=resume, quiet=quiet)
 
 

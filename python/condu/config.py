@@ -217,9 +217,16 @@ def load_config(path: str | os.PathLike[str]) -> RunConfig:
     return make_config(values, source)
 
 
+def find_config(path: Path) -> Path:
+    """The file itself, or, where there is none, the one that comes with the package under that
+    name: `configs/mini.yaml`, `configs/mini_vqa_pam.yaml`."""
+    packaged = Path(__file__).parent / "configs" / path.name
+    return packaged if not path.exists() and path.parent == Path("configs") else path
+
+
 def demo_config() -> RunConfig:
     """The configuration of `condu demo`, which comes with the package."""
-    return load_config(Path(__file__).parent / "configs" / "mini.yaml")
+    return load_config(find_config(Path("configs", "mini.yaml")))
 
 
 def make_config(values: Mapping[str, Any], source: str = "config") -> RunConfig:

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from condu.config import ConfigError, RunConfig, demo_config, difference, load_config, make_config
+from condu.config import (
+    ConfigError,
+    RunConfig,
+    demo_config,
+    difference,
+    find_config,
+    load_config,
+    make_config,
+)
 from condu.voting import SemanticVoting
 
 
@@ -107,3 +115,17 @@ def test_difference_names_the_key_and_both_values() -> None:
     other = make_config({"training": {"task_lr": {"digits": 0.5}}})
     assert difference(config, make_config({"seed": 7})) == "seed was 42 and is now 7"
     assert difference(config, other) == "training.task_lr.digits was None and is now 0.5"
+
+
+def test_configurations_that_come_with_the_package_are_found_by_name_unless_a_file_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(find_config(Path("configs/mini.yaml"))) == demo_config()
+    vqa = load_config(find_config(Path("configs/mini_vqa_pam.yaml")))
+    assert vqa.benchmark.name == vqa.model.name == "mini_vqa"
+    assert find_config(Path("mini.yaml")) == Path("mini.yaml")
+    Path("configs").mkdir()
+    own = Path("configs/mini.yaml")
+    own.write_text("seed: 7")
+    assert load_config(find_config(own)).seed == 7

@@ -156,24 +156,29 @@ def test_results_have_every_method_protocol_and_number(finished: Path) -> None:
     found = results(finished)
     assert (found["benchmark"], found["seed"], found["tasks"]) == ("tiny", 42, ["hues", "tones"])
     both = {"task-id", "agnostic"}
-    protocols = {name: set(method) - {"seconds"} for name, method in found["methods"].items()}
+    protocols = {
+        name: set(method) - {"seconds", "misaligned"} for name, method in found["methods"].items()
+    }
     assert protocols == {
         "zero_shot": both,
         "individual": {"task-id"},
         "sequential": both,
         "condu": both,
+        "condu_lora": both,
+        "pam": both,
     }
+    merging = {name for name, method in found["methods"].items() if "misaligned" in method}
+    assert merging == {"pam"}
     for name, method in found["methods"].items():
         assert set(method["seconds"]) == {"train", "fuse", "evaluate"}
         assert (method["seconds"]["train"] > 0) == (name != "zero_shot")
-        assert (method["seconds"]["fuse"] > 0) == (name == "condu")
+        assert (method["seconds"]["fuse"] > 0) == (name in ("condu", "condu_lora", "pam"))
         for protocol in protocols[name]:
             table = method[protocol]
             summary = summarize(table["matrix"])
             assert [len(row) for row in table["matrix"]] == [2, 2]
-            assert table["transfer"] == summary.transfer
-            assert table["average"] == summary.average
-            assert table["last"] == summary.last
+            for metric in ("transfer", "average", "last", "acc", "bwt", "forgetting"):
+                assert table[metric] == getattr(summary, metric)
     assert set(found["versions"]) >= {"condu", "condu_ext", "torch", "open_clip", "python"}
     assert found["machine"]["cpus"] >= 1
 
@@ -208,7 +213,10 @@ def test_two_processes_share_the_batch_and_train_the_same_models(
     )
     assert done.returncode == 0, done.stderr
     assert set(results(tmp_path / "run")["methods"]) == set(results(finished)["methods"])
-    for file in ("finetuned/000.safetensors", "finetuned/001.safetensors"):
+    folders = ("finetuned", "lora-4")
+    for file in (
+        f"{folder}/{number}.safetensors" for folder in folders for number in ("000", "001")
+    ):
         alone, together = load_weights(finished / file), load_weights(tmp_path / "run" / file)
         for name, expected in alone.items():
             if not name.endswith("in_proj_bias"):  # keys' bias: no gradient, so Adam follows noise
@@ -242,7 +250,7 @@ def test_a_killed_run_ends_with_the_numbers_and_weights_of_an_undisturbed_one(
     )
     assert done.returncode == 0, done.stderr
     undisturbed, *killed = json.loads(done.stdout)
-    assert len(killed) > 12  # configuration, models, state, prototypes, rows and results
+    assert len(killed) > 24  # configuration, models, state, prototypes, rows and results
     assert [n for n, outcome in enumerate(killed) if outcome != undisturbed] == []
 
 

@@ -94,7 +94,10 @@ def to_tensor(image: Image.Image) -> Tensor:
 def tiny_config(**changes: Any) -> RunConfig:
     values: dict[str, Any] = {
         "benchmark": {"name": "mini"},
+        "methods": ["zero_shot", "individual", "sequential", "condu", "condu_lora", "pam"],
         "training": {"steps": 16, "batch_size": 16, "lr": 3e-3},
+        "lora": {"rank": 4, "lr": 0.03, "targets": ["c_fc", "c_proj", "attn"]},
+        "pam": {"rank": 4, "period": 2},
         "evaluation": {"batch_size": 16},
     }
     for key, value in changes.items():
@@ -134,7 +137,8 @@ def _run_in_child(out: Path, *, kill_before: int | None, resume: bool) -> bool:
     os.replace = counted  # type: ignore[assignment]
     status = 1
     try:
-        tiny_trainer(out, training={"steps": 4}).run(resume=resume)
+        methods = ["sequential", "condu", "condu_lora", "pam"]
+        tiny_trainer(out, methods=methods, training={"steps": 2}).run(resume=resume)
         status = 0
     except Exception:
         traceback.print_exc()
@@ -143,10 +147,15 @@ def _run_in_child(out: Path, *, kill_before: int | None, resume: bool) -> bool:
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """The accuracies of a finished run and a digest of every weight that it left."""
+    """What a finished run found, and a digest of every weight that it left."""
     results = json.loads((out / "results.json").read_text())
-    weights = {file.stem: load_weights(file) for file in sorted(out.rglob("[0m]*.safetensors"))}
-    weights["unified"] = dict(UnifiedDelta.load(out / "condu" / "state").delta)
+    weights = {
+        str(file.relative_to(out)): load_weights(file)
+        for file in sorted(out.rglob("*.safetensors"))
+        if file.parent.name != "state" and file.stem != "prototypes"
+    }
+    for method in ("condu", "condu_lora"):
+        weights[method] = dict(UnifiedDelta.load(out / method / "state").delta)
     digests = {
         name: xxhash.xxh3_64_hexdigest(b"".join(t.numpy().tobytes() for t in tensors.values()))
         for name, tensors in weights.items()

@@ -12,8 +12,11 @@ from matplotlib.figure import Figure
 
 from condu.report.tables import percent, protocols_of
 
-COLOURS = ("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-"""Okabe and Ito's palette; hatching tells more than eight methods apart."""
+COLOURS = (
+    *("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7"),
+    *("#56B4E9", "#D55E00", "#F0E442", "#000000"),
+)
+"""Okabe and Ito's palette and grey; hatching tells more than nine methods apart."""
 HATCHES = ("", "//", "..", "xx")
 METRICS = ("transfer", "average", "last")
 
@@ -65,12 +68,12 @@ def _accuracy_matrix(title: str, tasks: list[str], table: Mapping[str, Any]) -> 
 
 
 def _summary(results: Mapping[str, Any]) -> Figure:
-    """One panel a protocol, one group of bars a metric, one bar a method."""
+    """One panel a protocol, below each other; one group of bars a metric, one bar a method."""
     methods = results["methods"]
     protocols = list(dict.fromkeys(p for m in methods.values() for p, _ in protocols_of(m)))
-    width = 0.8 + 0.42 * len(METRICS) * len(methods)
-    figure = Figure(figsize=(1 + width * len(protocols), 4.2), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0]
+    size = (1.8 + 0.38 * len(METRICS) * len(methods), 0.9 + 3 * len(protocols))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    panels = figure.subplots(len(protocols), 1, squeeze=False)[:, 0]
     for axes, protocol in zip(panels, protocols, strict=True):
         for position, (name, method) in enumerate(methods.items()):
             if protocol not in method:
@@ -94,7 +97,7 @@ def _summary(results: Mapping[str, Any]) -> Figure:
         axes.grid(axis="y", color="#dddddd")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("accuracy (%)")
+        axes.set_ylabel("accuracy (%)")
     handles = {
         label: handle
         for axes in panels
