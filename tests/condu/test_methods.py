@@ -152,7 +152,7 @@ def test_every_method_with_adapters_begins_with_the_same_one(results: dict[str, 
 def test_averaging_joins_the_halves_of_what_was_and_what_came(run: Path) -> None:
     before = load_weights(run / "lora-4" / "000.safetensors")
     trained = load_weights(run / "lora_average" / "finetuned.safetensors")
-    merged = load_weights(run / "lora_average" / "global.safetensors")
+    merged = load_weights(run / "lora_average" / "model.safetensors")
     assert merged.keys() == before.keys()
     assert all(torch.equal(merged[n], 0.5 * before[n] + 0.5 * trained[n]) for n in merged)
 

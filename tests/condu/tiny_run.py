@@ -1,7 +1,8 @@
 """A benchmark and a CLIP so small that a whole run takes a second; and, as a script, kills.
 
     python tiny_run.py run FOLDER     a run, also under a launcher of several processes
-    python tiny_run.py kill FOLDER    a run killed before each of its renames in turn, and resumed
+    python tiny_run.py kill FOLDER METHOD…
+                                      a run killed before each of its renames in turn, and resumed
 
 The second prints one line of JSON: the outcome of an undisturbed run, then of each resumed one.
 """
@@ -117,7 +118,9 @@ def accuracies(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _run_in_child(out: Path, *, kill_before: int | None, resume: bool) -> bool:
+def _run_in_child(
+    out: Path, methods: Sequence[str], *, kill_before: int | None, resume: bool
+) -> bool:
     """Run in a fork, which kills itself before rename number `kill_before`; True if it lived."""
     child = os.fork()
     if child:
@@ -137,7 +140,6 @@ def _run_in_child(out: Path, *, kill_before: int | None, resume: bool) -> bool:
     os.replace = counted  # type: ignore[assignment]
     status = 1
     try:
-        methods = ["sequential", "condu", "condu_lora", "pam"]
         tiny_trainer(out, methods=methods, training={"steps": 2}).run(resume=resume)
         status = 0
     except Exception:
@@ -154,8 +156,8 @@ def outcome(out: Path) -> dict[str, Any]:
         for file in sorted(out.rglob("*.safetensors"))
         if file.parent.name != "state" and file.stem != "prototypes"
     }
-    for method in ("condu", "condu_lora"):
-        weights[method] = dict(UnifiedDelta.load(out / method / "state").delta)
+    for state in sorted(out.glob("*/state")):
+        weights[state.parent.name] = dict(UnifiedDelta.load(state).delta)
     digests = {
         name: xxhash.xxh3_64_hexdigest(b"".join(t.numpy().tobytes() for t in tensors.values()))
         for name, tensors in weights.items()
@@ -163,13 +165,13 @@ def outcome(out: Path) -> dict[str, Any]:
     return {"accuracies": accuracies(results), "weights": digests}
 
 
-def kill(folder: Path) -> None:
+def kill(folder: Path, methods: Sequence[str]) -> None:
     os.fsync = lambda descriptor: None  # a killed process loses nothing that it wrote
     gc.freeze()  # children need not look through all the modules again
-    _run_in_child(folder / "undisturbed", kill_before=None, resume=False)
+    _run_in_child(folder / "undisturbed", methods, kill_before=None, resume=False)
     killed = 0
-    while not _run_in_child(folder / f"killed-{killed}", kill_before=killed, resume=False):
-        _run_in_child(folder / f"killed-{killed}", kill_before=None, resume=True)
+    while not _run_in_child(folder / f"killed-{killed}", methods, kill_before=killed, resume=False):
+        _run_in_child(folder / f"killed-{killed}", methods, kill_before=None, resume=True)
         killed += 1
     outcomes = [outcome(folder / f"killed-{n}") for n in range(killed)]
     print(json.dumps([outcome(folder / "undisturbed"), *outcomes]))
@@ -179,6 +181,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     action, folder = sys.argv[1], Path(sys.argv[2])
     if action == "kill":
-        kill(folder)
+        kill(folder, sys.argv[3:])
     else:
         tiny_trainer(folder).run()

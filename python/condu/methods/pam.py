@@ -6,23 +6,19 @@ Continual Learning in Vision-Language Models via Aligned Model Merging, arXiv 25
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from condu.methods.base import Learned, Method, register
+from condu.methods.base import Learned, register
+from condu.methods.sequential import Sequential
 from condu.pam import AlignedMerging
 from condu.tuning import Trained
 from condu.weights import copy_weights, load_facts, save_weights
 from condu.workspace import Tuning
 
-if TYPE_CHECKING:
-    from condu.evaluation import Protocol
-
 
 @register
-class PAM(Method):
-    """One adapter for every image, so both protocols are the same. Only the latest is kept."""
+class PAM(Sequential):
+    """As `sequential_lora`, but what each task leaves is merged into what there was."""
 
     name: ClassVar[str] = "pam"
     tuning: ClassVar[Tuning] = "pam"
@@ -59,11 +55,6 @@ class PAM(Method):
             )
         return self._learned(Trained.open(self._file), fuse)
 
-    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
-        with self.tuner.using(self._latest(index).load()):
-            row = self.tuner.scorer.accuracies()
-        return {protocol: list(row) for protocol in protocols}
-
     def _merging(self) -> AlignedMerging:
         options = self.workspace.config.pam.model_dump(exclude={"rank"})
         return AlignedMerging(self.tuner.live.model, align=self.aligns, **options)
@@ -71,15 +62,6 @@ class PAM(Method):
     def _learned(self, merged: Trained, fuse: float) -> Learned:
         misaligned = float(load_facts(merged.path)["misaligned"])
         return Learned(train=merged.seconds, fuse=fuse, misaligned=misaligned)
-
-    @property
-    def _file(self) -> Path:
-        return self.folder / "global.safetensors"
-
-    def _latest(self, index: int) -> Trained:
-        """The global adapter on disk after task `index`, or after the next one if a kill came in
-        between."""
-        return Trained.open(self._file) if index else self.tuner.finetuned(0)
 
 
 @register
