@@ -237,8 +237,10 @@ def output_projection_count() -> int:
         layer = LoraAttention(
             nn.MultiheadAttention(1, 1), "probe", r=1, lora_alpha=1, config=config
         )
-    projection = layer.base_layer.out_proj
-    for weight in (*factors_of(projection, "probe"), projection.get_base_layer().weight):
+    projection = layer.get_submodule("base_layer.out_proj")
+    assert isinstance(projection, LoraLayer)
+    base = projection.get_base_layer()
+    for weight in (*factors_of(projection, "probe"), base.get_parameter("weight")):
         weight.data.fill_(1.0)
     layer.merge(adapter_names=["probe"])
-    return round(projection.get_base_layer().weight.item() - 1)
+    return round(base.weight.item() - 1)  # type: ignore[operator]
