@@ -113,6 +113,10 @@ class LoraLayers:
                 found[name] *= output_projection_count()
         return found
 
+    def scales(self) -> dict[str, float]:
+        """Scale s of each weight's change s·B·A."""
+        return {name: layer.scaling[self.adapter] for name, layer in self.weights().items()}
+
     def factors(self, named: Mapping[str, Tensor]) -> set[str]:
         """Which of the named tensors are the adapter's factors."""
         ids = {id(factor) for _, layer in self for factor in factors_of(layer, self.adapter)}

@@ -81,10 +81,8 @@ class FactorSpace(WeightSpace):
 
     def _scales(self) -> list[str]:
         """The layers' scales: with others, the same factors are another expert."""
-        weights = self.layers.weights()
-        return [
-            f"{name} {weights[name].scaling[self.layers.adapter]!r}" for name in sorted(weights)
-        ]
+        scales = self.layers.scales()
+        return [f"{name} {scales[name]!r}" for name in sorted(scales)]
 
     def _rewritten(self) -> set[str]:
         """Frozen weights that do change: PEFT adds s·B·A to those of an attention before each of
