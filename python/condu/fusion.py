@@ -153,7 +153,8 @@ class ConDU:
 
         The new state is made beside the old one before anything is changed: after an error (task
         name used twice, NaN, a changed dtype or shape; see ``condu_ext.absorb``) state and live
-        weights are what they were. RuntimeError while an expert is active.
+        weights are what they were. RuntimeError while an expert is active, or while the adapter of
+        a PEFT model is merged, disabled, or not the one active.
         """
         if self._active is not None:
             raise RuntimeError(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,13 @@ def test_extraction_refuses_what_cannot_be_and_leaves_nothing() -> None:
     assert sorted(p.name for p in Path().iterdir()) == ["a", "b", "factors", "start", "state"]
     Path("out").mkdir()
     assert "out exists" in line("state", "--svd-rank", 2)
+
+
+def test_adapters_absorbed_at_once_are_all_there() -> None:
+    save_tasks("clip mlp", "abcd")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda task: absorb_adapter("state", task, task), "abcd"))
+    assert set(cx.UnifiedDelta.load("state").tasks) == set("abcd")
 
 
 def test_extraction_on_a_full_disk_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

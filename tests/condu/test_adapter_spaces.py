@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from tiny_adapters import MODELS, adapted, answer, base_weights, clip, finetune, llama
 from torch import Tensor, nn
 
@@ -33,6 +37,11 @@ def test_one_expert_is_what_peft_merges(kind: str, space: Any) -> None:
     base, start, before = base_weights(model), factors(model), answer(model)
     fusion = ConDU(model, space=space)
     finetune(model, 1)
+    products = {
+        name.removeprefix("base_model.model."): layer.get_delta_weight("default")
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and "attn" not in name
+    }
     merged = copy.deepcopy(model).merge_and_unload()
     assert not torch.allclose(answer(merged), before, atol=1e-3)
     fusion.absorb("one")
@@ -47,6 +56,8 @@ def test_one_expert_is_what_peft_merges(kind: str, space: Any) -> None:
             for name in fusion.state.delta:
                 torch.testing.assert_close(theta[name], weights[name], atol=1e-6, rtol=1e-5)
             assert fusion.state.rescaler("one") == 1.0
+            d = cx.decouple(fusion.state, "one", None)
+            assert all(torch.equal(d[f"{name}.weight"], products[name]) for name in products)
         else:
             unloaded = copy.deepcopy(model).merge_and_unload()
             torch.testing.assert_close(answer(unloaded), answer(merged), atol=1e-5, rtol=1e-4)
@@ -180,7 +191,8 @@ def test_save_and_load(kind: str, space: Any, tmp_path: Path) -> None:
         expected = answer(model)
         fusion.save_pretrained(tmp_path / "state")  # while other weights are in place
     fresh = adapted(kind)
-    again = ConDU.from_pretrained(tmp_path / "state", nn.ModuleDict({"module": fresh})["module"])
+    wrapped = nn.ModuleDict({"module": fresh})  # named as DistributedDataParallel names its model
+    again = ConDU.from_pretrained(tmp_path / "state", wrapped)
     assert again.tasks == ("a", "b")
     with again.expert("b"):
         torch.testing.assert_close(answer(fresh), expected)
@@ -188,6 +200,49 @@ def test_save_and_load(kind: str, space: Any, tmp_path: Path) -> None:
         finetune(live, 7)
         each.absorb("c")
     assert_equal(fusion.state.delta, again.state.delta)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_adapters_that_transformers_adds_itself(space: Any) -> None:
+    model = llama()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    fusion = ConDU(model, space=space)
+    finetune(model, 0)
+    expected = answer(model)
+    fusion.absorb("a")
+    assert not torch.allclose(answer(model), expected, atol=1e-4)
+    with fusion.expert("a"):
+        torch.testing.assert_close(answer(model), expected, atol=1e-5, rtol=1e-4)
+    ends = (
+        {"q_proj.lora_A.weight", "q_proj.lora_B.weight"}
+        if space == "factors"
+        else {"q_proj.weight"}
+    )
+    assert {".".join(n.split(".")[4:]) for n in fusion.state.delta} == ends
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_an_adapter_replaced_by_another_is_noticed(space: Any) -> None:
+    model = adapted("patterns")
+    fusion = ConDU(model, space=space)
+    config = copy.copy(model.peft_config["default"])
+    for change, message in (
+        ({"target_modules": {"q_proj", "v_proj", "down_proj", "up_proj"}}, "up_proj"),
+        ({"target_modules": {"q_proj", "v_proj"}}, "down_proj"),
+        ({"r": 5}, r"shape \[5, 16\]"),
+    ):
+        model.delete_adapter("default")
+        model.add_adapter("default", dataclasses.replace(config, **change))
+        model.set_adapter("default")
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            fusion.absorb("a")
+
+
+def test_importing_condu_does_not_import_peft() -> None:
+    program = (
+        "import condu, condu.cli, sys; assert not {'peft', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_product_state_serves_the_model_without_adapters(tmp_path: Path) -> None:

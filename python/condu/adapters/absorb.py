@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -43,6 +45,13 @@ def absorb_adapter(
     path = Path(state)
     folder = AdapterFolder.read(adapter)
     start = None if init is None else AdapterFolder.read(init)
+    with _alone_beside(path):
+        return _absorb(path, folder, start, task)
+
+
+def _absorb(
+    path: Path, folder: AdapterFolder, start: AdapterFolder | None, task: str
+) -> UnifiedDelta:
     old = UnifiedDelta.load(path) if (path / "config.json").exists() else None
     if old is not None:
         old.check_new_task(task)
@@ -79,6 +88,20 @@ def absorb_adapter(
     new = cx.absorb(old, task, model, None if start is None else start.tensors)
     new.save(path)
     return new
+
+
+@contextmanager
+def _alone_beside(path: Path) -> Iterator[None]:
+    """Others that absorb into a checkpoint beside this one wait: between reading a state and
+    writing the next, a task of theirs would be lost.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_space(state: UnifiedDelta, path: Path, start: AdapterFolder | None) -> None:

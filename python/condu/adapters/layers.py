@@ -122,7 +122,6 @@ class LoraLayers:
         ids = {id(factor) for _, layer in self for factor in factors_of(layer, self.adapter)}
         return {name for name, tensor in named.items() if id(tensor) in ids}
 
-    @torch.no_grad()
     def enable(self, enabled: bool) -> None:
         """Switch the adapter on or off; what requires grad stays as it is."""
         flags = [(p, p.requires_grad) for p in self._model.parameters()]

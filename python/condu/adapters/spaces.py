@@ -3,7 +3,8 @@
 *Factors*, as the ConDU paper does: A and B are tensors like any others, θ_0 is their common start,
 and their deltas are unified element by element. *Product*: what is unified is the change of each
 weight, ΔW = s·B·A, which has a meaning of its own, so the starts need not be alike; an expert is
-then the base model with W_0 + d̃ in its weights, and its adapter switched off.
+then the base model with W_0 + d̃ in its weights, and its adapter switched off. This space keeps a
+copy of W_0, and absorbing needs room for the ΔW of all adapted weights at once.
 """
 
 from __future__ import annotations
@@ -27,9 +28,15 @@ class FactorSpace(WeightSpace):
         super().__init__(model)
         self.layers = LoraLayers(model)
         self.layers.check_in_use()
+        self._adapted = self.layers.weights().keys()
 
     def check(self) -> None:
         self.layers.check_in_use()
+        if changed := self.layers.weights().keys() ^ self._adapted:
+            raise RuntimeError(
+                f"adapter {self.layers.adapter!r} has come to change other weights than at the"
+                f" start: {min(changed)!r}"
+            )
 
     def named(self) -> dict[str, Tensor]:
         return named_tensors(self.model, self.layers.namer())

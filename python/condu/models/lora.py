@@ -26,6 +26,8 @@ def add_lora(
     A layer W then answers as W + B·A / √rank (ConDU's scale). B starts at zero, so the model
     answers as before; A starts at random, decided by ``seed`` alone: torch's generators stay as
     they are. The model is changed in place; its parameters keep their memory, without gradient.
+    PEFT releases without huggingface/peft#3774 add B·A twice in an attention's output projection,
+    in training as in merging.
 
     Args:
         targets: last parts of the dotted names of the layers, in every tower: linear, embedding and
