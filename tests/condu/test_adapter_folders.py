@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,10 @@ def test_a_product_state_from_disk_serves_a_live_model_but_says_what_it_cannot_k
     with fusion.expert("a"):
         torch.testing.assert_close(answer(model), expected, atol=1e-5, rtol=1e-4)
     fusion.save_pretrained("state")  # now it knows
+    absorbed("b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ConDU.from_pretrained("state", model).tasks == ("a", "b")
     with torch.no_grad():
         model.get_base_model().lm_head.weight += 1
     with pytest.raises(ValueError, match="weights under the adapter"):

@@ -50,6 +50,8 @@ def test_one_expert_is_what_peft_merges(kind: str, space: Any) -> None:
 
     with fusion.expert("one") as expert:
         torch.testing.assert_close(answer(expert), answer(merged), atol=1e-5, rtol=1e-4)
+        layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+        assert all(layer.disable_adapters == (space == "product") for layer in layers)
         if space == "product":
             weights = dict(merged.named_parameters())
             theta = cx.decouple(fusion.state, "one", fusion.pretrained)
@@ -61,6 +63,7 @@ def test_one_expert_is_what_peft_merges(kind: str, space: Any) -> None:
         else:
             unloaded = copy.deepcopy(model).merge_and_unload()
             torch.testing.assert_close(answer(unloaded), answer(merged), atol=1e-5, rtol=1e-4)
+    assert not any(layer.disable_adapters for layer in layers)
     assert_equal(base_weights(model), base)
     assert_equal(factors(model), start)
     torch.testing.assert_close(answer(model), before)
