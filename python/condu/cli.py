@@ -1,4 +1,4 @@
-"""The command `condu`: demo, run, report, bench, doctor.
+"""The command `condu`: demo, run, report, bench, doctor, absorb-adapter, extract-adapter.
 
 `bench` and `doctor` work with the core dependencies alone, so everything heavy is imported inside
 the commands.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +17,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from condu import adapter_commands
+from condu.terminal import EXTRA, Debug, complain, errors
 
 if TYPE_CHECKING:
     from condu.config import RunConfig
@@ -29,23 +30,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-EXTRA = {
-    "accelerate": "accelerate",
-    "jinja2": "jinja2",
-    "matplotlib": "matplotlib",
-    "open_clip": "open_clip_torch",
-    "peft": "peft",
-    "pydantic": "pydantic",
-    "sklearn": "scikit-learn",
-    "torchvision": "torchvision",
-    "transformers": "transformers",
-    "yaml": "pyyaml",
-}
-"""What the extra `train` brings: module and distribution."""
+app.add_typer(adapter_commands.app)
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the final table only.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
@@ -60,7 +47,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """ConDU beside its baselines on the benchmark that comes with the package."""
-    with _errors("demo", debug):
+    with errors("demo", debug):
         from condu.config import demo_config, make_config
 
         values = demo_config().model_dump()
@@ -95,7 +82,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run what a configuration file describes."""
-    with _errors("run", debug):
+    with errors("run", debug):
         from condu.config import find_config, load_config
 
         loaded = load_config(find_config(config))
@@ -108,7 +95,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Tables of a finished run, and pictures of it in RUN/report."""
-    with _errors("report", debug):
+    with errors("report", debug):
         from condu.report import matrix_table, misalignment, summary_table
         from condu.report.plots import save_plots
         from condu.report.tables import protocols_of
@@ -157,7 +144,7 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """How fast the kernels are here, beside a copy of memory and pure PyTorch."""
-    with _errors("bench", debug):
+    with errors("bench", debug):
         from condu.bench.command import Options, measure, write, wrong_results
         from condu.bench.table import lines_of
 
@@ -209,7 +196,7 @@ def _run(config: RunConfig, out: Path, *, resume: bool = False, quiet: bool) -> 
     try:
         results = trainer.run(resume=resume)
     except KeyboardInterrupt:
-        _complain(f"interrupted; to go on: condu run {out / 'config.yaml'} --out {out} --resume")
+        complain(f"interrupted; to go on: condu run {out / 'config.yaml'} --out {out} --resume")
         raise typer.Exit(130) from None
     console.print(summary_table(results))
     if line := misalignment(results):
@@ -231,30 +218,6 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return 'not installed (comes with "condu\\[train]")'
-
-
-@contextmanager
-def _errors(command: str, debug: bool) -> Iterator[None]:
-    """Turn what a user can put right into one line and exit status 2."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if debug or (error.name or "").partition(".")[0] not in EXTRA:
-            raise
-        _complain(f'condu {command} needs {error.name}: pip install "condu[train]"')
-        raise typer.Exit(2) from None
-    except typer.Exit:  # a RuntimeError too
-        raise
-    except (ValueError, KeyError, OSError, RuntimeError, FloatingPointError) as error:
-        if debug:
-            raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        _complain(" ".join(str(message).split()))
-        raise typer.Exit(2) from None
-
-
-def _complain(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Literal
 
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import condu_ext as cx
+from condu.live import changeable, copies, devices_of, is_parameter, matches, write
+from condu.spaces import FROZEN_WEIGHTS, AdapterSpace, WeightSpace, holds_factors, space_of
 from condu_ext import FusionRule, UnifiedDelta
 
 _DEFAULT_RULE = FusionRule()
@@ -50,6 +51,12 @@ class ConDU:
     ``offload="cpu"`` both stay in host memory, all fusing is done there, and the GPU holds the live
     weights only.
 
+    Of a model with a LoRA adapter of PEFT, the adapter is what is fused, made while it is fresh:
+    with ``space="factors"`` (the paper's way) element by element on its trainable tensors, whose
+    common start is θ_0; with ``space="product"`` on the changes of the adapted weights, ΔW = s·B·A,
+    where an expert is written into the base weights and the adapter is off until ``reset``. In
+    both, ``include`` and ``exclude`` cannot choose among adapted layers.
+
     ``state`` is the ``condu_ext.UnifiedDelta``; its ``drop`` and ``rename`` may be used at any
     time.
     """
@@ -60,6 +67,7 @@ class ConDU:
         self,
         model: nn.Module,
         *,
+        space: AdapterSpace = "factors",
         rule: FusionRule = _DEFAULT_RULE,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = ("*logit_scale",),
@@ -70,14 +78,22 @@ class ConDU:
         for option, patterns in (("include", include), ("exclude", exclude), ("private", private)):
             if isinstance(patterns, str):
                 raise TypeError(f"{option} must be a list of patterns, got the string {patterns!r}")
+        chosen_space = space_of(model, space)
+        if space == "product" and type(chosen_space) is WeightSpace:
+            raise ValueError("space='product', but the model carries no LoRA adapter")
+        named = chosen_space.named()
+        candidates = chosen_space.candidates(named)
         chosen = {
             name: tensor
-            for name, tensor in _changeable(_named_tensors(model)).items()
-            if tensor.is_floating_point()
-            and (include is None or _matches(name, include))
-            and not _matches(name, exclude)
+            for name, tensor in candidates.items()
+            if (include is None or matches(name, include)) and not matches(name, exclude)
         }
-        trainable = [name for name, tensor in chosen.items() if _is_parameter(tensor)]
+        if left_out := (chosen_space.indispensable(named) & candidates.keys()) - chosen.keys():
+            raise ValueError(
+                f"include={include!r}, exclude={exclude!r} leave out {min(left_out)!r}: which"
+                " layers are fused is for the adapter's target_modules to say"
+            )
+        trainable = [name for name, tensor in chosen.items() if is_parameter(tensor)]
         if not trainable:
             raise ValueError(
                 "no trainable floating-point parameter is left to fuse:"
@@ -86,23 +102,26 @@ class ConDU:
         buffers = [name for name in chosen if name not in trainable]
         if private is None:
             private = [glob.escape(name) for name in buffers]
-        names = trainable + [name for name in buffers if _matches(name, private)]
-        self._remember(model, names, offload)
+        names = trainable + [name for name in buffers if matches(name, private)]
+        self._remember(chosen_space, named, names, offload)
         self.state = UnifiedDelta.empty(
             self.pretrained, rule=rule, dtype=state_dtype, private=tuple(private)
         )
 
     def _remember(
-        self, model: nn.Module, names: Iterable[str], offload: Literal["cpu"] | None
+        self,
+        space: WeightSpace,
+        named: Mapping[str, Tensor],
+        names: Iterable[str],
+        offload: Literal["cpu"] | None,
     ) -> None:
         if offload not in (None, "cpu"):
             raise ValueError(f"offload must be None or 'cpu', got {offload!r}")
-        named = _named_tensors(model)
         names = set(names)
-        self._model = model
+        self._space = space
         self._offload = offload
-        remembered = names.union(_changeable(named))
-        base = _copy(
+        remembered = names.union(space.restored(named))
+        base = copies(
             {name: tensor for name, tensor in named.items() if name in remembered},
             torch.device("cpu") if offload else None,
         )
@@ -134,19 +153,22 @@ class ConDU:
 
         The new state is made beside the old one before anything is changed: after an error (task
         name used twice, NaN, a changed dtype or shape; see ``condu_ext.absorb``) state and live
-        weights are what they were. RuntimeError while an expert is active.
+        weights are what they were. RuntimeError while an expert is active, or while the adapter of
+        a PEFT model is merged, disabled, or not the one active.
         """
         if self._active is not None:
             raise RuntimeError(
                 f"cannot absorb task {task!r} while expert {self._active!r} is active: call reset()"
                 " and fine-tune from the pretrained weights"
             )
+        self._space.check()
+        self.state.check_new_task(task)
         live = self._live()
-        finetuned = {name: live[name].detach() for name in self._names}
-        if _devices(finetuned) != _devices(self.pretrained):
-            finetuned = _copy(finetuned, torch.device("cpu"))
-        self.state = cx.absorb(self.state, task, finetuned, self.pretrained)
-        lost = self._lost_changes(live)
+        finetuned, base = self._space.finetuned(live, self.pretrained)
+        if devices_of(finetuned) != devices_of(self.pretrained):
+            finetuned = copies(finetuned, torch.device("cpu"))
+        self.state = cx.absorb(self.state, task, finetuned, base)
+        lost = self._space.losses(self._changed_outside(live))
         self._restore(live, self._base)
         if lost:
             warnings.warn(
@@ -169,7 +191,9 @@ class ConDU:
         RuntimeError inside an ``expert`` block.
         """
         self._refuse_in_expert_block("reset()")
+        self._space.check()
         self._restore(self._live(), self._base)
+        self._space.show_base()
         self._active = None
 
     @contextmanager
@@ -186,7 +210,7 @@ class ConDU:
         self._write_expert(task)
         self._in_expert_block = True
         try:
-            yield self._model
+            yield self._space.model
         finally:
             self._in_expert_block = False
             self.reset()
@@ -195,8 +219,12 @@ class ConDU:
         """Write the state with fingerprints of θ_0 (not θ_0 itself) into a directory; crash-safe,
         see ``UnifiedDelta.save``.
         """
-        if not self.state.base_fingerprints:
+        known = self.state.base_fingerprints
+        if not known:
             self.state.record_base(self.pretrained)
+            known = self.state.base_fingerprints
+        if FROZEN_WEIGHTS not in known and (frozen := self._space.frozen_fingerprint(self._base)):
+            known[FROZEN_WEIGHTS] = frozen
         self.state.save(path)
 
     @classmethod
@@ -211,45 +239,71 @@ class ConDU:
         what the state says.
 
         KeyError when the model lacks one of them, ValueError naming the first tensor that is not
-        the one it was saved with.
+        the one it was saved with, or the adapted layer or rank that differs. A state over adapters
+        also knows the weights under them. Only one that was made from saved adapters in the space
+        of products knows nothing of θ_0: a warning says so.
         """
+        where = os.fspath(path)
         state = UnifiedDelta.load(path)
-        named = _named_tensors(model)
+        space = space_of(model, "factors" if holds_factors(state.delta) else "product")
+        named = space.named()
+        try:
+            space.match(state, named)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         # a state without tasks knows its private tensors by pattern only
-        names = {n for n in _changeable(named) if _matches(n, state.spec.private)}.union(
+        names = {n for n in changeable(named) if matches(n, state.spec.private)}.union(
             state.delta, *(state.private(task) for task in state.tasks)
         )
         for name in sorted(names):
             if name not in named:
-                raise KeyError(f"{os.fspath(path)}: the model has no tensor {name!r}")
+                raise KeyError(f"{where}: the model has no tensor {name!r}")
         fusion = cls.__new__(cls)
-        fusion._remember(model, names, offload)
-        state.verify_base(fusion.pretrained)
-        devices = _devices(fusion.pretrained)
-        moved = len(devices) == 1 and devices != _devices(state.delta)
+        fusion._remember(space, named, names, offload)
+        fusion._verify_base(state, where)
+        devices = devices_of(fusion.pretrained)
+        moved = len(devices) == 1 and devices != devices_of(state.delta)
         fusion.state = state.to(devices.pop()) if moved else state
         return fusion
 
+    def _verify_base(self, state: UnifiedDelta, where: str) -> None:
+        if not state.base_fingerprints and not self._space.needs_base:
+            warnings.warn(
+                f"{where}: the state has no fingerprint of its base model, so nothing can tell"
+                " whether this is the model that its adapters were trained on",
+                stacklevel=3,
+            )
+            return
+        state.verify_base(self.pretrained)
+        frozen = state.base_fingerprints.get(FROZEN_WEIGHTS)
+        if frozen and self._space.frozen_fingerprint(self._base) not in (None, frozen):
+            raise ValueError(
+                f"{where}: the weights under the adapter, or its scale, differ from those that the"
+                " state was made over"
+            )
+
     def _write_expert(self, task: str) -> None:
+        self._space.check()
         live = self._live()
         mine = {name: live[name].detach() for name in self._names}
-        if _devices(mine) == _devices(self.pretrained):
+        if devices_of(mine) == devices_of(self.pretrained):
             with torch.no_grad():
                 cx.decouple_(self.state, task, self.pretrained, out=mine)
         else:
-            _write(mine, cx.decouple(self.state, task, self.pretrained))
+            write(mine, cx.decouple(self.state, task, self.pretrained))
         self._restore(live, [name for name in self._base if name not in mine])
+        self._space.show_expert()
         self._active = task
 
     def _restore(self, live: Mapping[str, Tensor], names: Iterable[str]) -> None:
         """Put θ_0 into the named live tensors; gradients of all of them belong to other weights."""
-        _write(live, {name: self._base[name] for name in names})
+        write(live, {name: self._base[name] for name in names})
         for tensor in live.values():
             tensor.grad = None
 
     def _live(self) -> dict[str, Tensor]:
         """The live tensors with a known θ_0, looked up anew, for they may have been replaced."""
-        named = _named_tensors(self._model)
+        named = self._space.named()
         for name, base in self._base.items():
             if name not in named:
                 raise KeyError(f"the model no longer has tensor {name!r}")
@@ -259,14 +313,15 @@ class ConDU:
                     f" its pretrained weights {list(base.shape)}"
                 )
         live = {name: named[name] for name in self._base}
-        devices = _devices(live)
-        if self._offload is None and len(devices) == 1 and devices != _devices(self._base):
+        devices = devices_of(live)
+        if self._offload is None and len(devices) == 1 and devices != devices_of(self._base):
             device = devices.pop()
-            self._base = _copy(self._base, device)
+            self._base = copies(self._base, device)
             self.state = self.state.to(device)
         return live
 
-    def _lost_changes(self, live: Mapping[str, Tensor]) -> list[str]:
+    def _changed_outside(self, live: Mapping[str, Tensor]) -> list[str]:
+        """Names of floating-point tensors that are not in the state and not at θ_0."""
         return [
             name
             for name, base in self._base.items()
@@ -278,63 +333,3 @@ class ConDU:
     def _refuse_in_expert_block(self, call: str) -> None:
         if self._in_expert_block:
             raise RuntimeError(f"{call} inside the block of expert {self._active!r}")
-
-
-def canonical_name(name: str) -> str:
-    """A tensor's name without what wrappers add: leading ``module.``, ``_orig_mod.`` anywhere."""
-    segments = [segment for segment in name.split(".") if segment != "_orig_mod"]
-    while len(segments) > 1 and segments[0] == "module":
-        del segments[0]
-    return ".".join(segments)
-
-
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by canonical name, tied ones under each of their names."""
-    saved = model.state_dict().keys()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in (
-        *model.named_parameters(remove_duplicate=False),
-        *((n, b) for n, b in model.named_buffers(remove_duplicate=False) if n in saved),
-    ):
-        canonical = canonical_name(name)
-        if canonical in tensors:
-            raise ValueError(
-                f"two tensors have the same canonical name {canonical!r}: one is {name!r}"
-            )
-        tensors[canonical] = tensor
-    return tensors
-
-
-def _changeable(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What training can change: parameters that require grad, and buffers."""
-    return {n: t for n, t in named.items() if t.requires_grad or not _is_parameter(t)}
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _devices(tensors: Mapping[str, Tensor]) -> set[torch.device]:
-    return {tensor.device for tensor in tensors.values()}
-
-
-def _copy(tensors: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
-    """Copies, on ``device`` or each where it is; tied tensors are tied again."""
-    copies: dict[tuple[object, ...], Tensor] = {}
-    result = {}
-    for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        if key not in copies:
-            copies[key] = tensor.detach().to(device or tensor.device, copy=True)
-        result[name] = copies[key]
-    return result
-
-
-@torch.no_grad()
-def _write(out: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        out[name].copy_(value)

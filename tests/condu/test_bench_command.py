@@ -186,7 +186,8 @@ class Missing(MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 from condu.bench import inputs
 from condu.bench.shapes import MODELS
-from condu.cli import EXTRA, app
+from condu.cli import app
+from condu.terminal import EXTRA
 inputs.POOL = 1009
 MODELS["toy"] = lambda: {"weight": (70,)}
 sys.meta_path.insert(0, Missing())

@@ -135,7 +135,8 @@ class Missing(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in EXTRA.keys() - {"pydantic"}:  # recent typer needs that itself
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-from condu.cli import EXTRA, app
+from condu.cli import app
+from condu.terminal import EXTRA
 sys.meta_path.insert(0, Missing())
 app(sys.argv[1:])
 """

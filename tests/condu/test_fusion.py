@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import condu_ext as cx
-from condu.fusion import ConDU, canonical_name
+from condu.fusion import ConDU
+from condu.live import canonical_name
 
 
 class Toy(nn.Module):
@@ -381,7 +382,7 @@ def test_save_and_load(model: Toy, tmp_path: Path) -> None:
         with fusion.expert(task), again.expert(task):
             assert not differing(fresh, snapshot(model))
     for each in (fusion, again):  # and both go on alike
-        finetune(each._model, 9)
+        finetune(each._space.model, 9)
         each.absorb("c")
     with fusion.expert("a"), again.expert("a"):
         assert not differing(fresh, snapshot(model))

@@ -104,6 +104,7 @@ def test_hugging_face_models_are_adapted_alike():
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"rank": 2, "targets": ("c_fc", "q_proj")}, "'q_proj' matches no module"),
         ({"rank": 2, "targets": ()}, "targets is empty"),
+        ({"rank": 2, "targets": ("attn", "ln_2")}, r"'visual.*ln_2', a LayerNorm, for which"),
         (
             {"rank": 2, "targets": ("c_fc", "out_proj")},
             r"'out_proj' matches 'visual.transformer.resblocks.0.attn.out_proj'.*target 'attn'",

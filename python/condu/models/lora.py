@@ -7,7 +7,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+# what PEFT has LoRA layers for; it finds others only when some layers are replaced already
+_KINDS = (
+    nn.Linear,
+    nn.Embedding,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.MultiheadAttention,
+    Conv1D,
+)
 # Modules that hand the weights of their linear layers to F.multi_head_attention_forward: a LoRA
 # layer put in a child's place is never called, so its factors would get no gradient. The second,
 # the attention pool of CLIP's ResNets, goes by its name: open_clip and OpenAI's CLIP have one each.
@@ -26,6 +37,8 @@ def add_lora(
     A layer W then answers as W + B·A / √rank (ConDU's scale). B starts at zero, so the model
     answers as before; A starts at random, decided by ``seed`` alone: torch's generators stay as
     they are. The model is changed in place; its parameters keep their memory, without gradient.
+    PEFT releases without huggingface/peft#3774 add B·A twice in an attention's output projection,
+    in training as in merging.
 
     Args:
         targets: last parts of the dotted names of the layers, in every tower: linear, embedding and
@@ -33,9 +46,9 @@ def add_lora(
             input and output projections then get factors of their own.
 
     Raises:
-        ValueError: rank < 1; a target that matches no module, or a layer whose weights its parent
-            reads without calling it, so that factors there would never be trained; a model that
-            carries adapters already.
+        ValueError: rank < 1; a target that matches no module, one of another kind, or a layer
+            whose weights its parent reads without calling it, so that factors there would never be
+            trained; a model that carries adapters already. The model is as it was.
         TypeError: ``targets`` is a string.
     """
     if isinstance(targets, str):
@@ -51,6 +64,11 @@ def add_lora(
         if not matched:
             raise ValueError(f"target {target!r} matches no module of the model")
         for name in matched:
+            if not isinstance(layer := model.get_submodule(name), _KINDS):
+                raise ValueError(
+                    f"target {target!r} matches {name!r}, a {type(layer).__name__}, for which there"
+                    " is no LoRA"
+                )
             _refuse_uncalled(model, target, name)
     config = LoraConfig(r=rank, lora_alpha=1, use_rslora=True, target_modules=list(targets))
     # PEFT draws on the CPU, whatever the model's device

@@ -1,0 +1,8 @@
+"""LoRA adapters in the unified model: of live PEFT models, and in folders that PEFT saves."""
+
+from __future__ import annotations
+
+from condu.adapters.absorb import absorb_adapter
+from condu.adapters.extract import Loss, extract_adapter
+
+__all__ = ["Loss", "absorb_adapter", "extract_adapter"]

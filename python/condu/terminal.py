@@ -1,0 +1,51 @@
+"""What the commands have in common: how they end when something is wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+EXTRA = {
+    "accelerate": "accelerate",
+    "jinja2": "jinja2",
+    "matplotlib": "matplotlib",
+    "open_clip": "open_clip_torch",
+    "peft": "peft",
+    "pydantic": "pydantic",
+    "sklearn": "scikit-learn",
+    "torchvision": "torchvision",
+    "transformers": "transformers",
+    "yaml": "pyyaml",
+}
+"""What the extra `train` brings: module and distribution."""
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@contextmanager
+def errors(command: str, debug: bool) -> Iterator[None]:
+    """Turn what a user can put right into one line and exit status 2."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "").partition(".")[0] not in EXTRA:
+            raise
+        complain(f'condu {command} needs {error.name}: pip install "condu[train]"')
+        raise typer.Exit(2) from None
+    except typer.Exit:  # a RuntimeError too
+        raise
+    except (ValueError, KeyError, OSError, RuntimeError, FloatingPointError) as error:
+        if debug:
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        complain(" ".join(str(message).split()))
+        raise typer.Exit(2) from None
+
+
+def complain(message: str) -> None:
+    """Write an error as one line."""
+    print(f"error: {message}", file=sys.stderr)
