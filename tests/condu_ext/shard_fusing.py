@@ -65,19 +65,19 @@ def unify_and_absorb(spread: Spread, **options: object) -> tuple[State, State]:
 
 
 def small_models(group: Group) -> None:
-    unify_and_absorb(group.small())
+    unify_and_absorb(group.small)
 
 
 def large_models(group: Group) -> None:
-    unify_and_absorb(group.large())
+    unify_and_absorb(group.large)
 
 
 def hybrid_mesh_of_four(group: Group) -> None:
-    unify_and_absorb(group.hybrid())
+    unify_and_absorb(group.hybrid)
 
 
 def grid_of_four(group: Group) -> None:
-    spread = group.grid()
+    spread = group.grid
     sharded, whole = unify_and_absorb(spread)
     base = spread.base()
     found = cx.decouple(sharded, "5", spread.shard(base))
@@ -86,22 +86,22 @@ def grid_of_four(group: Group) -> None:
 
 def kinds_of_rescalers(group: Group) -> None:
     for kind in ("tensor_mean", "per_tensor"):
-        unify_and_absorb(group.small(), rule=cx.FusionRule(rescale=kind, zero_sum="zero"))
+        unify_and_absorb(group.small, rule=cx.FusionRule(rescale=kind, zero_sum="zero"))
 
 
 def bfloat16_state(group: Group) -> None:
-    unify_and_absorb(group.small(), dtype=BF16)
+    unify_and_absorb(group.small, dtype=BF16)
 
 
 def reference_backend(group: Group) -> None:
-    spread = group.small()
+    spread = group.small
     sharded, _ = unified(spread, backend="reference")
     assert sharded.tasks
 
 
 def bfloat16_models(group: Group) -> None:
     """A bf16 model into an fp32 state, and an fp32 base rounded to it."""
-    spread = group.small()
+    spread = group.small
     for dtype, options in ((BF16, {}), (F32, {"match_dtype": True})):
         base, models = spread.base(dtype), [spread.tuned(t, BF16) for t in (1, 2)]
         states = []
@@ -117,11 +117,10 @@ def bfloat16_models(group: Group) -> None:
 
 
 def deltas_and_missing_tensors(group: Group) -> None:
-    spread = group.small()
+    spread = group.small
     names = [n for n in spread.tensors if n not in ("uneven", "plain")]
-    models = {str(t): spread.tuned(t) for t in (1, 2)}
-    for model in models.values():
-        model["steps"].zero_()  # of a delta
+    zero = {"steps": torch.tensor([0, 0])}  # of a delta
+    models = {str(t): spread.tuned(t) | zero for t in (1, 2)}
     whole = cx.unify(models, None, private=PRIVATE)
     sharded = cx.unify({t: spread.shard(m) for t, m in models.items()}, None, private=PRIVATE)
     assert_same_state(spread, sharded, whole)
@@ -134,7 +133,7 @@ def deltas_and_missing_tensors(group: Group) -> None:
 
 def rescalers_at_chunk_borders(group: Group) -> None:
     """Where parts end on the borders of chunks, λ is a single process's bit for bit."""
-    spread = group.on_borders()
+    spread = group.on_borders
     base, models = spread.base(), {str(t): spread.tuned(t) for t in (1, 2, 3)}
     sharded = cx.UnifiedDelta.empty(spread.shard(base), private=PRIVATE)
     whole = cx.UnifiedDelta.empty(base, private=PRIVATE)
@@ -150,7 +149,7 @@ def rescalers_at_chunk_borders(group: Group) -> None:
 
 
 def merged_states(group: Group) -> None:
-    spread = group.small()
+    spread = group.small
     sharded, whole = unified(spread)
     more_sharded, more_whole = unified(spread, 3, first=3)
     found, expected = cx.merge(sharded, more_sharded), cx.merge(whole, more_whole)
@@ -158,7 +157,7 @@ def merged_states(group: Group) -> None:
 
 
 def experts(group: Group) -> None:
-    spread = group.small()
+    spread = group.small
     sharded, whole = unified(spread, 3)
     base = spread.base()
     start = spread.shard(base)
@@ -176,7 +175,7 @@ def experts(group: Group) -> None:
 
 
 def sharded_copies_and_sizes(group: Group) -> None:
-    spread = group.small()
+    spread = group.small
     sharded, whole = unified(spread)
     assert_same_state(spread, sharded.to("cpu"), whole)
     assert sharded.nbytes <= whole.nbytes
@@ -260,9 +259,7 @@ def fully_sharded_module(group: Group) -> None:
         theta = cx.decouple(expected, task, whole(base))
         for name, tensor in whole(live()).items():
             assert torch.equal(tensor, theta[name]), name
-        plain = torch.nn.Sequential(
-            torch.nn.Linear(5, 33), torch.nn.ReLU(), torch.nn.Linear(33, 1)
-        )
+        plain = torch.nn.Sequential(torch.nn.Linear(5, 33), torch.nn.ReLU(), torch.nn.Linear(33, 1))
         plain.load_state_dict({n: t for n, t in theta.items() if n != "2.tied"})
         assert torch.allclose(model(inputs), plain(inputs), atol=1e-6)  # forward gathers anew
     assert state.spec.aliases == {"2.tied": "2.bias"}

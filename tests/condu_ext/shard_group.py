@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,15 +24,19 @@ class Group:
         """Whether this is the process on which a case makes its mistake."""
         return self.rank == self.world - 1
 
+    @cached_property
     def small(self) -> Spread:
         return Spread(self.mesh, SMALL)
 
+    @cached_property
     def large(self) -> Spread:
         return Spread(self.mesh, LARGE)
 
+    @cached_property
     def on_borders(self) -> Spread:
         return Spread(self.mesh, ON_BORDERS)
 
+    @cached_property
     def hybrid(self) -> Spread:
         """Two replicas, each sharded over half of the processes."""
         mesh = init_device_mesh("cpu", (2, self.world // 2))
@@ -40,6 +45,7 @@ class Group:
             {n: (shape, p and (Replicate(), *p)) for n, (shape, p) in (SMALL | LARGE).items()},
         )
 
+    @cached_property
     def grid(self) -> Spread:
         """Sharded over both dimensions of a mesh."""
         mesh = init_device_mesh("cpu", (2, self.world // 2))
@@ -66,6 +72,9 @@ class Group:
         """A new folder for this case, for all processes."""
         dist.barrier()
         return self.folder / name
+
+
+Case = Callable[[Group], None]
 
 
 Case = Callable[[Group], None]
