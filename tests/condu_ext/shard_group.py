@@ -42,7 +42,7 @@ class Group:
         mesh = init_device_mesh("cpu", (2, self.world // 2))
         return Spread(
             mesh,
-            {n: (shape, p and (Replicate(), *p)) for n, (shape, p) in (SMALL | LARGE).items()},
+            {n: (shape, p and (Replicate(), *p)) for n, (shape, p) in (SMALL | ON_BORDERS).items()},
         )
 
     @cached_property

@@ -34,11 +34,11 @@ SMALL: dict[str, tuple[tuple[int, ...], Placements]] = {
     "scalar": ((), None),
 }
 LARGE: dict[str, tuple[tuple[int, ...], Placements]] = {
-    "on_borders": ((5, ROWS), (Shard(0),)),
+    "on_borders": ((4, ROWS), (Shard(0),)),
     "also_on_borders": ((4, ROWS // 2), (Shard(0),)),
-    "off_borders": ((5, 30000), (Shard(0),)),
-    "wide_columns": ((3, 70001), (Shard(1),)),
-    "large_plain": ((100000,), None),
+    "off_borders": ((3, 40000), (Shard(0),)),
+    "wide_columns": ((2, 50001), (Shard(1),)),
+    "large_plain": ((70000,), None),
 }
 ON_BORDERS = {
     "on_borders": LARGE["on_borders"],

@@ -149,9 +149,10 @@ def processes_that_disagree(group: Group) -> None:
     name = "y" if group.last else "x"
     with pytest.raises(ValueError, match=r"differ in .*'x'.*rank 0.*'y'"):
         cx.absorb(state, name, good, base)
+    delta = good | {"steps": torch.zeros_like(good["steps"])}
+    call = (delta, None) if group.last else (good, base)
     with pytest.raises(ValueError, match="differ in whether there is a pretrained model"):
-        zero = good | {"steps": torch.zeros_like(good["steps"])}
-        cx.absorb(state, "x", zero if group.last else good, None if group.last else base)
+        cx.absorb(state, "x", *call)
     other = {"rule": cx.FusionRule("zero")} if group.last else {}
     with pytest.raises(ValueError, match=r"differ in the rule: .*negative.* on rank 0, .*zero"):
         cx.unify({"x": good}, base, private=PRIVATE, **other)
@@ -231,7 +232,7 @@ def strided_shards_of_four(group: Group) -> None:
         shape=torch.Size([8, 2]),
         stride=(2, 1),
     )
-    with pytest.raises(TypeError, match="'w': placed as .*only Shard and Replicate"):
+    with pytest.raises(TypeError, match=r"'w': placed as .*only Shard and Replicate"):
         cx.unify({"t": {"w": tensor}}, None)
 
 
@@ -266,7 +267,7 @@ def whole_tensors_only(group: Group) -> None:
     """What does not work on parts says so."""
     spread = group.small
     state, _ = unified(spread)
-    with pytest.raises(TypeError, match="packed_mask, tensor 'uneven': is sharded.*use mask"):
+    with pytest.raises(TypeError, match=r"packed_mask, tensor 'uneven': is sharded.*use mask"):
         state.packed_mask("task 1")
     adapter = {"w": distribute_tensor(torch.ones(4, 2), group.mesh, [Shard(0)])}
     plain = {"w": torch.ones(4, 2)}
