@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from kernel_cases import BF16, F32
@@ -17,9 +18,11 @@ from shard_models import (
     local,
     rescalers,
 )
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import condu_ext as cx
+from condu_ext.layout import CHUNK
 
 State = cx.UnifiedDelta
 
@@ -42,11 +45,13 @@ def unified(
     return sharded, whole
 
 
-def unify_and_absorb(spread: Spread, **options: object) -> tuple[State, State]:
+def unify_and_absorb(
+    spread: Spread, absorbed: Sequence[int] = (3, 4, 5), **options: object
+) -> tuple[State, State]:
     """Sequences by both ways to absorb, compared after every step."""
     sharded, whole = unified(spread, **options)
     base = spread.base()
-    for task in (3, 4, 5):
+    for task in absorbed:
         model = spread.tuned(task)
         given, start = spread.shard(model), spread.shard(base)
         if task == 4:
@@ -86,11 +91,11 @@ def grid_of_four(group: Group) -> None:
 
 def kinds_of_rescalers(group: Group) -> None:
     for kind in ("tensor_mean", "per_tensor"):
-        unify_and_absorb(group.small, rule=cx.FusionRule(rescale=kind, zero_sum="zero"))
+        unify_and_absorb(group.small, (4,), rule=cx.FusionRule(rescale=kind, zero_sum="zero"))
 
 
 def bfloat16_state(group: Group) -> None:
-    unify_and_absorb(group.small, dtype=BF16)
+    unify_and_absorb(group.small, (3, 4), dtype=BF16)
 
 
 def reference_backend(group: Group) -> None:
@@ -131,15 +136,26 @@ def deltas_and_missing_tensors(group: Group) -> None:
     assert_same_state(spread, sharded, whole)
 
 
+def with_unequal_chunks(model: Model) -> Model:
+    """Deltas whose chunks differ by so much that the order in which their sums are added shows."""
+
+    def scaled(tensor: Tensor) -> Tensor:
+        chunk = torch.arange(tensor.numel()) // CHUNK
+        return tensor * (10.0 ** (8 * (chunk % 3))).view(tensor.shape)
+
+    fused = {name: scaled(t) for name, t in model.items() if t.is_floating_point()}
+    return fused | {"steps": torch.tensor([0, 0]), "head.count": model["head.count"]}
+
+
 def rescalers_at_chunk_borders(group: Group) -> None:
     """Where parts end on the borders of chunks, λ is a single process's bit for bit."""
     spread = group.on_borders
-    base, models = spread.base(), {str(t): spread.tuned(t) for t in (1, 2, 3)}
-    sharded = cx.UnifiedDelta.empty(spread.shard(base), private=PRIVATE)
-    whole = cx.UnifiedDelta.empty(base, private=PRIVATE)
+    models = {str(t): with_unequal_chunks(spread.tuned(t)) for t in (1, 2, 3)}
+    sharded = cx.UnifiedDelta.empty(spread.shard(spread.base()), private=PRIVATE)
+    whole = cx.UnifiedDelta.empty(spread.base(), private=PRIVATE)
     for task, model in models.items():
-        sharded = cx.absorb(sharded, task, spread.shard(model), spread.shard(base))
-        whole = cx.absorb(whole, task, model, base)
+        sharded = cx.absorb(sharded, task, spread.shard(model), None)
+        whole = cx.absorb(whole, task, model, None)
         for known in whole.tasks:
             assert list(rescalers(sharded, known)) == list(rescalers(whole, known))
     assert_same_state(spread, sharded, whole)

@@ -14,6 +14,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from shard_fusing import FUSING
@@ -40,7 +41,7 @@ def main() -> None:
         try:
             case(group)
             outcomes[case.__name__] = ""
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             outcomes[case.__name__] = traceback.format_exc()
         (folder / f"{rank}.json").write_text(json.dumps(outcomes))
         if any(group.everywhere(outcomes[case.__name__])):
