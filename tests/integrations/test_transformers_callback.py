@@ -10,21 +10,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_clip import (
-    Pairs,
-    absorbed_by_hand,
-    assert_same_state,
-    collate,
-    same,
-    snapshot,
-    tiny_clip,
-)
+from states import assert_same_state, assert_same_tensors, make_up, snapshot
+from tiny_clip import Pairs, collate, tiny_clip
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from condu import ConDU
 from condu.integrations.transformers import ConDUCallback
+from condu_ext import UnifiedDelta
 
 
 def trainer(
@@ -69,6 +63,16 @@ class At(TrainerCallback):
             self.action(control, kwargs["model"])
 
 
+def absorbed_by_hand(model: nn.Module, folder: Path, *tasks: str, **arguments: Any) -> UnifiedDelta:
+    """The same trainings, and a call of absorb after each."""
+    fusion = ConDU(model)
+    for seed, task in enumerate(tasks):
+        trainer(model, folder, seed, **arguments).train()
+        assert fusion.moved()
+        fusion.absorb(task)
+    return fusion.state
+
+
 def stop(control: Any, model: nn.Module) -> None:
     control.should_training_stop = True
 
@@ -82,10 +86,8 @@ def test_two_tasks_give_what_absorbing_by_hand_gives(
     fusion = ConDU(model)
     for seed, task in enumerate(("cars", "food")):
         trainer(model, tmp_path, seed, ConDUCallback(task, fusion), **arguments).train()
-        assert same(snapshot(model), base)
-    expected = absorbed_by_hand(
-        lambda model, seed: trainer(model, tmp_path, seed, **arguments).train(), ("cars", "food")
-    )
+        assert_same_tensors(snapshot(model), base)
+    expected = absorbed_by_hand(tiny_clip(), tmp_path, "cars", "food", **arguments)
     assert_same_state(fusion.state, expected)
 
 
@@ -103,13 +105,6 @@ def test_without_a_fusion_one_is_made_and_handed_on(tmp_path: Path) -> None:
 
 
 def test_the_model_is_left_as_training_alone_leaves_it(tmp_path: Path) -> None:
-    def facts(model: nn.Module) -> list[Any]:
-        hooks = [
-            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-            for m in model.modules()
-        ]
-        return [[type(m) for m in model.modules()], [list(vars(m)) for m in model.modules()], hooks]
-
     alone, model = tiny_clip(), tiny_clip()
     trainer(alone, tmp_path, 0).train()
     parameters = list(map(id, model.parameters()))
@@ -117,7 +112,7 @@ def test_the_model_is_left_as_training_alone_leaves_it(tmp_path: Path) -> None:
     trainer(model, tmp_path, 0, callback).train()
     with callback.fusion.expert("cars"):
         pass
-    assert facts(model) == facts(alone)
+    assert make_up(model) == make_up(alone)
     assert list(map(id, model.parameters())) == parameters
 
 
@@ -131,9 +126,8 @@ def test_an_expert_block_saves_what_was_trained(tmp_path: Path) -> None:
     with callback.fusion.expert("cars"):
         run.save_model(str(tmp_path / "cars"))
     saved = type(model).from_pretrained(tmp_path / "cars").state_dict()
-    for name, value in finetuned.items():
-        torch.testing.assert_close(saved[name], value)
-    assert not same(saved, snapshot(model))
+    torch.testing.assert_close(dict(saved), finetuned)
+    assert callback.fusion.moved() == ()
 
 
 def test_the_best_model_is_absorbed_where_it_is_loaded_at_the_end(tmp_path: Path) -> None:
@@ -189,10 +183,7 @@ def test_an_interrupted_training_is_not_absorbed_and_can_be_resumed(tmp_path: Pa
         warnings.filterwarnings("error", message=".*starts from weights")
         run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 3
-    expected = absorbed_by_hand(
-        lambda model, seed: trainer(model, tmp_path / "hand", seed).train(), ("cars",)
-    )
-    assert_same_state(fusion.state, expected)
+    assert_same_state(fusion.state, absorbed_by_hand(tiny_clip(), tmp_path, "cars"))
 
 
 def test_training_that_stops_early_is_absorbed_unless_it_may_be_resumed(tmp_path: Path) -> None:
@@ -225,11 +216,8 @@ def test_adapters(tmp_path: Path) -> None:
     trainer(model, tmp_path, 0, callback, learning_rate=0.1).train()
     assert all("lora_" in name for name in callback.fusion.state.delta)
 
-    by_hand = adapted()
-    fusion = ConDU(by_hand)
-    trainer(by_hand, tmp_path, 0, learning_rate=0.1).train()
-    fusion.absorb("cars")
-    assert_same_state(callback.fusion.state, fusion.state)
+    expected = absorbed_by_hand(adapted(), tmp_path, "cars", learning_rate=0.1)
+    assert_same_state(callback.fusion.state, expected)
 
 
 @pytest.mark.parametrize("case", ["task", "model", "model_init", "search", "frozen"])

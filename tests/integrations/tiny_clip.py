@@ -1,16 +1,12 @@
-"""A CLIP of transformers with a few thousand random weights, its data, and how states compare."""
+"""A CLIP of transformers with a few thousand random weights, and its data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
-
-from condu import ConDU
-from condu_ext import UnifiedDelta
 
 
 def tiny_clip(seed: int = 0) -> CLIPModel:
@@ -46,37 +42,3 @@ class Pairs(torch.utils.data.Dataset):
 def collate(pairs: list[dict[str, Tensor]]) -> dict[str, Any]:
     batch = {name: torch.stack([pair[name] for pair in pairs]) for name in pairs[0]}
     return {**batch, "return_loss": True}
-
-
-def absorbed_by_hand(
-    train: Callable[[nn.Module, int], object], tasks: tuple[str, ...], **options: Any
-) -> UnifiedDelta:
-    """What ``ConDU`` has after ``train(model, seed)`` and a call of absorb for each task."""
-    model = tiny_clip()
-    fusion = ConDU(model, **options)
-    for seed, task in enumerate(tasks):
-        train(model, seed)
-        assert fusion.moved()
-        fusion.absorb(task)
-    return fusion.state
-
-
-def assert_same_state(state: UnifiedDelta, expected: UnifiedDelta) -> None:
-    """Equal to the bit: tasks, unified delta, masks, rescalers."""
-    assert state.tasks == expected.tasks
-    assert state.delta.keys() == expected.delta.keys()
-    for name, delta in expected.delta.items():
-        assert torch.equal(state.delta[name], delta), name
-    for task in expected.tasks:
-        masks = state.packed_mask(task)
-        for name, mask in expected.packed_mask(task).items():
-            assert torch.equal(masks[name], mask), (task, name)
-        assert state.rescaler(task) == expected.rescaler(task)
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)

@@ -50,12 +50,8 @@ class TaskAbsorption:
             RuntimeError: θ_0 cannot be known or the result would be lost. ValueError: the fusion is
             of another model. And what ``ConDU.check_new_task`` raises.
         """
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                f"task {self.task!r}: the training runs in a process that was started for it alone"
-                " and would take the absorbed task with it when it ends; start the whole script"
-                " once for each process (torchrun, accelerate launch, strategy='ddp')"
-            )
+        if os.getpid() != self._process:  # forked
+            raise self._process_of_its_own()
         if self._fusion is None:
             if resumed:
                 raise RuntimeError(
@@ -86,3 +82,14 @@ class TaskAbsorption:
             self.fusion.check_new_task(self.task)
             self.fusion.absorb(self.task)
             self._begun = False
+
+    def __getstate__(self) -> object:
+        """RuntimeError: what is pickled here goes to a spawned process."""
+        raise self._process_of_its_own()
+
+    def _process_of_its_own(self) -> RuntimeError:
+        return RuntimeError(
+            f"task {self.task!r}: the training runs in a process of its own, which would take the"
+            " absorbed task with it when it ends; start the whole script once for each process"
+            " (torchrun, accelerate launch, strategy='ddp')"
+        )

@@ -46,7 +46,7 @@ class ConDUCallback(TaskAbsorption, Callback):
         self.begin(pl_module, resumed=restored and trainer.ckpt_path is not None)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # on_train_end is too early: averaging callbacks write there, and ModelCheckpoint still saves
+        # on_train_end is too early: there averages are written and ModelCheckpoint still saves
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.fusion.reset()
         else:
