@@ -1,6 +1,8 @@
-"""How states of models and of fusions compare."""
+"""How states, and what is left of models, compare."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,19 +10,27 @@ from torch import Tensor, nn
 from condu_ext import UnifiedDelta
 
 
-def assert_same_state(state: UnifiedDelta, expected: UnifiedDelta) -> None:
-    """Equal to the bit: tasks, unified delta, masks, rescalers, private tensors."""
-    assert state.tasks == expected.tasks
-    assert_same_tensors(state.delta, expected.delta)
-    for task in expected.tasks:
-        assert_same_tensors(state.packed_mask(task), expected.packed_mask(task))
-        assert_same_tensors(state.private(task), expected.private(task))
-        assert state.rescaler(task) == expected.rescaler(task)
+def contents(state: UnifiedDelta) -> dict[str, Any]:
+    """All that a state says, in what ``torch.save`` takes."""
+    return {
+        "tasks": list(state.tasks),
+        "rescalers": {task: state.rescaler(task) for task in state.tasks},
+        "unified": state.delta,
+        **{f"mask {task}": state.packed_mask(task) for task in state.tasks},
+        **{f"private {task}": state.private(task) for task in state.tasks},
+    }
 
 
-def assert_same_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert tensors.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(tensors[name], expected[name])] == []
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Contents of two states, or two state dicts, are equal to the bit."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(found[name], value), name
+        elif isinstance(value, dict):
+            assert_same(found[name], value)
+        else:
+            assert found[name] == value, name
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

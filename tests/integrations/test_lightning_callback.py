@@ -12,23 +12,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from states import assert_same_state, assert_same_tensors, make_up, snapshot
-from tiny_module import TinyModule, batches, tiny_trainer
+from states import assert_same, contents, make_up, snapshot
+from tiny_module import TinyModule, absorbed_by_hand, batches, tiny_trainer
 
 from condu import ConDU
 from condu.integrations.lightning import ConDUCallback
-from condu_ext import UnifiedDelta
-
-
-def absorbed_by_hand(folder: Path, *tasks: str, **options: Any) -> UnifiedDelta:
-    """The same trainings, and a call of absorb after each."""
-    module = TinyModule()
-    fusion = ConDU(module)
-    for seed, task in enumerate(tasks):
-        tiny_trainer(folder, **options).fit(module, batches(seed), batches(100))
-        assert fusion.moved()
-        fusion.absorb(task)
-    return fusion.state
 
 
 class Keep(Callback):
@@ -64,8 +52,8 @@ def test_two_tasks_give_what_absorbing_by_hand_gives(tmp_path: Path) -> None:
     for seed, task in enumerate(("cars", "food")):
         callback = ConDUCallback(task, fusion)
         tiny_trainer(tmp_path, callback).fit(module, batches(seed), batches(100))
-        assert_same_tensors(snapshot(module), base)
-    assert_same_state(fusion.state, absorbed_by_hand(tmp_path, "cars", "food"))
+        assert_same(snapshot(module), base)
+    assert_same(contents(fusion.state), absorbed_by_hand(tmp_path, "cars", "food"))
 
 
 def test_without_a_fusion_one_is_made_and_handed_on(tmp_path: Path) -> None:
@@ -75,7 +63,7 @@ def test_without_a_fusion_one_is_made_and_handed_on(tmp_path: Path) -> None:
     second = ConDUCallback("food", first.fusion)
     tiny_trainer(tmp_path, second).fit(module, batches(1), batches(100))
     assert second.fusion is first.fusion
-    assert_same_state(first.fusion.state, absorbed_by_hand(tmp_path, "cars", "food"))
+    assert_same(contents(first.fusion.state), absorbed_by_hand(tmp_path, "cars", "food"))
 
 
 def test_a_fusion_may_be_of_a_part_of_the_module(tmp_path: Path) -> None:
@@ -107,7 +95,7 @@ def test_checkpoints_are_of_the_finetuned_module(tmp_path: Path) -> None:
     run = tiny_trainer(tmp_path, callback, keep, saving, enable_checkpointing=True)
     run.fit(module, batches(0))
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert_same_tensors(saved, keep.weights)
+    assert_same(saved, keep.weights)
 
     with callback.fusion.expert("cars"):
         run.save_checkpoint(tmp_path / "expert.ckpt")
@@ -129,7 +117,9 @@ def test_averaged_weights_are_what_is_absorbed(tmp_path: Path) -> None:
         for name, parameter in module.named_parameters():
             torch.testing.assert_close(parameter.detach(), keep.weights[name])
     plain = absorbed_by_hand(tmp_path, "cars")
-    assert not torch.equal(callback.fusion.state.delta["net.0.weight"], plain.delta["net.0.weight"])
+    assert not torch.equal(
+        callback.fusion.state.delta["net.0.weight"], plain["unified"]["net.0.weight"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +158,7 @@ def test_a_resumed_fit_needs_a_fusion_of_the_pretrained_module(tmp_path: Path) -
     run = tiny_trainer(tmp_path, ConDUCallback("cars", fusion), max_epochs=2)
     run.fit(module, batches(0), batches(100), ckpt_path=checkpoint)
     assert run.global_step == 8
-    assert_same_state(fusion.state, absorbed_by_hand(tmp_path, "cars", max_epochs=2))
+    assert_same(contents(fusion.state), absorbed_by_hand(tmp_path, "cars", max_epochs=2))
 
 
 def test_fast_dev_run_absorbs_nothing(tmp_path: Path) -> None:
@@ -179,7 +169,7 @@ def test_fast_dev_run_absorbs_nothing(tmp_path: Path) -> None:
     tiny_trainer(tmp_path, callback, keep, fast_dev_run=True).fit(module, batches(0), batches(1))
     assert not torch.equal(keep.weights["net.0.weight"], base["net.0.weight"])
     assert callback.fusion.tasks == ()
-    assert_same_tensors(snapshot(module), base)
+    assert_same(snapshot(module), base)
     tiny_trainer(tmp_path, callback).fit(module, batches(0))
     assert callback.fusion.tasks == ("cars",)
 

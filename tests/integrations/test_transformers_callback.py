@@ -3,53 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from states import assert_same_state, assert_same_tensors, make_up, snapshot
-from tiny_clip import Pairs, collate, tiny_clip
+from states import assert_same, contents, make_up, snapshot
+from tiny_clip import absorbed_by_hand, tiny_clip, train_on_two, trainer
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from two_processes import run_on_two
 
 from condu import ConDU
 from condu.integrations.transformers import ConDUCallback
-from condu_ext import UnifiedDelta
-
-
-def trainer(
-    model: nn.Module | None,
-    folder: Path,
-    seed: int,
-    *callbacks: TrainerCallback,
-    model_init: Callable[[], nn.Module] | None = None,
-    **arguments: Any,
-) -> Trainer:
-    options = {
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 4,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "remove_unused_columns": False,
-        "seed": seed,
-        **arguments,
-    }
-    return Trainer(
-        model,
-        TrainingArguments(str(folder), **options),
-        data_collator=collate,
-        train_dataset=Pairs(seed),
-        eval_dataset=Pairs(100),
-        callbacks=list(callbacks),
-        model_init=model_init,
-    )
 
 
 class At(TrainerCallback):
@@ -61,16 +29,6 @@ class At(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             self.action(control, kwargs["model"])
-
-
-def absorbed_by_hand(model: nn.Module, folder: Path, *tasks: str, **arguments: Any) -> UnifiedDelta:
-    """The same trainings, and a call of absorb after each."""
-    fusion = ConDU(model)
-    for seed, task in enumerate(tasks):
-        trainer(model, folder, seed, **arguments).train()
-        assert fusion.moved()
-        fusion.absorb(task)
-    return fusion.state
 
 
 def stop(control: Any, model: nn.Module) -> None:
@@ -86,9 +44,9 @@ def test_two_tasks_give_what_absorbing_by_hand_gives(
     fusion = ConDU(model)
     for seed, task in enumerate(("cars", "food")):
         trainer(model, tmp_path, seed, ConDUCallback(task, fusion), **arguments).train()
-        assert_same_tensors(snapshot(model), base)
+        assert_same(snapshot(model), base)
     expected = absorbed_by_hand(tiny_clip(), tmp_path, "cars", "food", **arguments)
-    assert_same_state(fusion.state, expected)
+    assert_same(contents(fusion.state), expected)
 
 
 def test_without_a_fusion_one_is_made_and_handed_on(tmp_path: Path) -> None:
@@ -154,7 +112,7 @@ def test_the_best_model_is_absorbed_where_it_is_loaded_at_the_end(tmp_path: Path
     fusion = ConDU(model := tiny_clip())
     model.load_state_dict(steps[run.state.best_global_step - 1])
     fusion.absorb("cars")
-    assert_same_state(callback.fusion.state, fusion.state)
+    assert_same(contents(callback.fusion.state), contents(fusion.state))
 
 
 def test_an_interrupted_training_is_not_absorbed_and_can_be_resumed(tmp_path: Path) -> None:
@@ -183,7 +141,7 @@ def test_an_interrupted_training_is_not_absorbed_and_can_be_resumed(tmp_path: Pa
         warnings.filterwarnings("error", message=".*starts from weights")
         run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 3
-    assert_same_state(fusion.state, absorbed_by_hand(tiny_clip(), tmp_path, "cars"))
+    assert_same(contents(fusion.state), absorbed_by_hand(tiny_clip(), tmp_path, "cars"))
 
 
 def test_training_that_stops_early_is_absorbed_unless_it_may_be_resumed(tmp_path: Path) -> None:
@@ -217,7 +175,7 @@ def test_adapters(tmp_path: Path) -> None:
     assert all("lora_" in name for name in callback.fusion.state.delta)
 
     expected = absorbed_by_hand(adapted(), tmp_path, "cars", learning_rate=0.1)
-    assert_same_state(callback.fusion.state, expected)
+    assert_same(contents(callback.fusion.state), expected)
 
 
 @pytest.mark.parametrize("case", ["task", "model", "model_init", "search", "frozen"])
@@ -249,3 +207,10 @@ def test_bad_use_is_refused_before_the_first_step(tmp_path: Path, case: str) -> 
         run = trainer(model.requires_grad_(False), tmp_path, 0, ConDUCallback("cars"), first)
     with pytest.raises(error, match=match):
         run.train()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    first, second = run_on_two(train_on_two, tmp_path)
+    assert first["wrapper"] == "DistributedDataParallel"
+    assert_same(second, first)
+    assert_same(first["callback"], first["by hand"])

@@ -1,12 +1,18 @@
-"""A CLIP of transformers with a few thousand random weights, and its data."""
+"""A CLIP of transformers with a few thousand random weights, its data and its trainers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
+from states import contents
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, Trainer, TrainerCallback, TrainingArguments
+
+from condu import ConDU
+from condu.integrations.transformers import ConDUCallback
 
 
 def tiny_clip(seed: int = 0) -> CLIPModel:
@@ -42,3 +48,62 @@ class Pairs(torch.utils.data.Dataset):
 def collate(pairs: list[dict[str, Tensor]]) -> dict[str, Any]:
     batch = {name: torch.stack([pair[name] for pair in pairs]) for name in pairs[0]}
     return {**batch, "return_loss": True}
+
+
+def trainer(
+    model: nn.Module | None,
+    folder: Path,
+    seed: int,
+    *callbacks: TrainerCallback,
+    model_init: Callable[[], nn.Module] | None = None,
+    **arguments: Any,
+) -> Trainer:
+    options = {
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+        "seed": seed,
+        **arguments,
+    }
+    return Trainer(
+        model,
+        TrainingArguments(str(folder), **options),
+        data_collator=collate,
+        train_dataset=Pairs(seed),
+        eval_dataset=Pairs(100),
+        callbacks=list(callbacks),
+        model_init=model_init,
+    )
+
+
+def absorbed_by_hand(
+    model: nn.Module, folder: Path, *tasks: str, **arguments: Any
+) -> dict[str, Any]:
+    """The same trainings, and a call of absorb after each."""
+    fusion = ConDU(model)
+    for seed, task in enumerate(tasks):
+        trainer(model, folder, seed, **arguments).train()
+        assert fusion.moved()
+        fusion.absorb(task)
+    return contents(fusion.state)
+
+
+def train_on_two(folder: Path) -> dict[str, Any]:
+    """Two tasks by a Trainer on each of two processes, absorbed by the callback and by hand."""
+    model = tiny_clip(seed=torch.distributed.get_rank())  # the first process's weights count
+    fusion = None
+    for seed, task in enumerate(("cars", "food")):
+        callback = ConDUCallback(task, fusion)
+        run = trainer(model, folder, seed, callback)
+        run.train()
+        fusion = callback.fusion
+    return {
+        "callback": contents(fusion.state),
+        "by hand": absorbed_by_hand(tiny_clip(), folder, "cars", "food"),
+        "wrapper": type(run.model_wrapped).__name__,
+    }

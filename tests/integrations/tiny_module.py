@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from states import contents
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from condu import ConDU
 
 
 class TinyModule(LightningModule):
@@ -51,3 +54,14 @@ def tiny_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
             **options,
         }
     )
+
+
+def absorbed_by_hand(folder: Path, *tasks: str, **options: Any) -> dict[str, Any]:
+    """The same trainings, and a call of absorb after each."""
+    module = TinyModule()
+    fusion = ConDU(module)
+    for seed, task in enumerate(tasks):
+        tiny_trainer(folder, **options).fit(module, batches(seed), batches(100))
+        assert fusion.moved()
+        fusion.absorb(task)
+    return contents(fusion.state)
