@@ -163,7 +163,7 @@ class ConDU:
     def moved(self) -> tuple[str, ...]:
         """The trainable parameters whose live values are not θ_0."""
         live = self._live()
-        return tuple(n for n in self._base if _is_parameter(live[n]) and self._differs(live, n))
+        return tuple(n for n in self._base if live[n].requires_grad and self._differs(live, n))
 
     def absorb(self, task: str) -> None:
         """Take the live weights as the task's fine-tuned model into the state, and return the model
