@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -66,7 +67,9 @@ def test_a_start_elsewhere_than_at_the_pretrained_weights_is_mentioned() -> None
     train(model)
     with pytest.warns(UserWarning, match=r"'cars' starts from .* \('weight' and 1 more differ\)"):
         TaskAbsorption("cars", fusion).begin(model, resumed=False)
-    TaskAbsorption("cars", fusion).begin(model, resumed=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TaskAbsorption("cars", fusion).begin(model, resumed=True)
 
 
 def test_an_active_expert_is_refused() -> None:

@@ -149,6 +149,10 @@ def test_training_that_stops_early_is_absorbed_unless_it_may_be_resumed(tmp_path
     trainer(tiny_clip(), tmp_path, 0, early, At(1, stop)).train()
     assert early.fusion.tasks == ("early",)
 
+    whole = ConDUCallback("whole")
+    trainer(tiny_clip(), tmp_path, 0, whole, enable_jit_checkpoint=True).train()
+    assert whole.fusion.tasks == ("whole",)
+
     cut = ConDUCallback("cut")
     run = trainer(tiny_clip(), tmp_path, 0, cut, enable_jit_checkpoint=True)
     (jit,) = (c for c in run.callback_handler.callbacks if isinstance(c, JITCheckpointCallback))
