@@ -133,6 +133,11 @@ class ConDU:
         self._in_expert_block = False
 
     @property
+    def model(self) -> nn.Module:
+        """The live module."""
+        return self._space.model
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """Absorbed tasks in order."""
         return self.state.tasks
@@ -147,6 +152,39 @@ class ConDU:
         """θ_0 of everything in the state, by canonical name. Not copies: do not write to them."""
         return MappingProxyType({name: self._base[name] for name in self._names})
 
+    def check_new_task(self, task: str) -> None:
+        """Before a task is fine-tuned: raise what ``absorb(task)`` would raise afterwards, as far
+        as it can be known.
+
+        ValueError: a task name that is used or no name, a tensor of another shape or of a narrower
+        dtype than θ_0, a parameter that requires grad but did not when this object was made (it
+        would be trained and never return to θ_0). KeyError: the model lost a tensor. RuntimeError:
+        an expert is active.
+        """
+        self._refuse_active_expert(task)
+        self._space.check()
+        self.state.check_new_task(task)
+        live = self._live()
+        for name in self.state.delta:
+            dtype, base = live[name].dtype, self._base[name].dtype
+            if torch.promote_types(dtype, base) != dtype:
+                raise ValueError(
+                    f"task {task!r}, tensor {name!r}: is {dtype}, narrower than the pretrained"
+                    f" weights' {base}"
+                )
+        known = {id(tensor) for tensor in live.values()}
+        for name, tensor in self._space.named().items():
+            if tensor.requires_grad and id(tensor) not in known:
+                raise ValueError(
+                    f"task {task!r}: parameter {name!r} requires grad now, but did not when the"
+                    " pretrained weights were remembered"
+                )
+
+    def moved(self) -> tuple[str, ...]:
+        """The trainable parameters whose live values are not θ_0."""
+        live = self._live()
+        return tuple(n for n in self._base if live[n].requires_grad and self._differs(live, n))
+
     def absorb(self, task: str) -> None:
         """Take the live weights as the task's fine-tuned model into the state, and return the model
         to θ_0.
@@ -156,11 +194,7 @@ class ConDU:
         weights are what they were. RuntimeError while an expert is active, or while the adapter of
         a PEFT model is merged, disabled, or not the one active.
         """
-        if self._active is not None:
-            raise RuntimeError(
-                f"cannot absorb task {task!r} while expert {self._active!r} is active: call reset()"
-                " and fine-tune from the pretrained weights"
-            )
+        self._refuse_active_expert(task)
         self._space.check()
         self.state.check_new_task(task)
         live = self._live()
@@ -325,10 +359,19 @@ class ConDU:
         return [
             name
             for name, base in self._base.items()
-            if name not in self._names
-            and base.is_floating_point()
-            and not torch.equal(live[name].detach().to(base.device, base.dtype), base)
+            if name not in self._names and base.is_floating_point() and self._differs(live, name)
         ]
+
+    def _differs(self, live: Mapping[str, Tensor], name: str) -> bool:
+        base = self._base[name]
+        return not torch.equal(live[name].detach().to(base.device, base.dtype), base)
+
+    def _refuse_active_expert(self, task: str) -> None:
+        if self._active is not None:
+            raise RuntimeError(
+                f"cannot absorb task {task!r} while expert {self._active!r} is active: call reset()"
+                " and fine-tune from the pretrained weights"
+            )
 
     def _refuse_in_expert_block(self, call: str) -> None:
         if self._in_expert_block:
