@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -80,6 +81,17 @@ class VqaModel:
                 )
         return encoded["input_ids"]
 
+    def sample(self, pixels: Tensor, question: str, answer: str) -> dict[str, Tensor]:
+        """pixel_values float32 [3, H, W], input_ids and labels int64 [L]: the prompt, the answer
+        and the end token, with the labels of the prompt ignored."""
+        prompt = self.encode(self.prompt.format(question))
+        target = [*self.encode(answer), self.tokenizer.eos_token_id]
+        return {
+            "pixel_values": pixels,
+            "input_ids": torch.tensor([*prompt, *target]),
+            "labels": torch.tensor([*[IGNORED] * len(prompt), *target]),
+        }
+
     def training_set(self, task: VqaTask) -> TrainingSet:
         """The task's training questions, encoded when they are read: unknown words raise then."""
         return TrainingSet(self, task)
@@ -102,29 +114,29 @@ class VqaModel:
         }
 
     def objective(self, task: VqaTask, label_smoothing: float) -> Objective:
-        """Mean cross-entropy over the answer tokens, end token included, of a batch of ``collate``
-        under the given module: the live model, wrapped or not."""
-
-        def loss(model: nn.Module, batch: Batch) -> Tensor:
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            # the logits of a position are about the next one
-            logits, labels = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
-            return F.cross_entropy(
-                logits.flatten(0, 1).float(),
-                labels.flatten(),
-                ignore_index=IGNORED,
-                label_smoothing=label_smoothing,
-            )
-
-        return loss
+        """``answer_loss`` with this label smoothing; the same for every task."""
+        return partial(answer_loss, label_smoothing=label_smoothing)
 
     def evaluator(self, benchmark: Benchmark, *, batch_size: int) -> VqaEvaluator:
         return VqaEvaluator(self, benchmark, batch_size=batch_size)
 
 
+def answer_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy over the answer tokens, end tokens included, of a batch of
+    ``VqaModel.collate`` under a model, wrapped (PEFT, DDP) or not."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    # the logits of a position are about the next one
+    logits, labels = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        label_smoothing=label_smoothing,
+    )
+
+
 class TrainingSet(Dataset[dict[str, Tensor]]):
-    """Samples as pixel_values float32 [3, H, W], input_ids and labels int64 [L]: the prompt, the
-    answer and the end token, with the labels of the prompt ignored."""
+    """The training questions of a task as samples (``VqaModel.sample``)."""
 
     def __init__(self, vqa: VqaModel, task: VqaTask) -> None:
         self.vqa = vqa
@@ -135,13 +147,7 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image, question, answer = self.source[index]
-        prompt = self.vqa.encode(self.vqa.prompt.format(question))
-        target = [*self.vqa.encode(answer), self.vqa.tokenizer.eos_token_id]
-        return {
-            "pixel_values": self.vqa.train_transform(image),
-            "input_ids": torch.tensor([*prompt, *target]),
-            "labels": torch.tensor([*[IGNORED] * len(prompt), *target]),
-        }
+        return self.vqa.sample(self.vqa.train_transform(image), question, answer)
 
 
 @dataclass(frozen=True)
@@ -235,30 +241,12 @@ def load_vqa(name: str) -> VqaModel:
     condu.tasks.mini_vqa. ValueError for any other name."""
     if name != "mini_vqa":
         raise ValueError(f"unknown model {name!r}, the ones that answer questions are: 'mini_vqa'")
-    from open_clip.transform import image_transform
+    from condu.tasks.mini.model import load_weights
+    from condu.tasks.mini_vqa.model import WEIGHTS, build_vqa
 
-    from condu.models.clip import AUGMENTATION
-    from condu.tasks.mini.model import MEAN, STD, load_weights
-    from condu.tasks.mini_vqa.model import (
-        WEIGHTS,
-        build_model,
-        load_tokenizer,
-        model_config,
-        prompt,
-    )
-
-    model = build_model()
-    load_weights(model, WEIGHTS)
-    size = model_config()["vision_config"]["image_size"]
-    mean, std = (MEAN,) * 3, (STD,) * 3
-    return VqaModel(
-        name=name,
-        model=model,
-        tokenizer=load_tokenizer(),
-        prompt=prompt(),
-        train_transform=image_transform(size, True, mean, std, aug_cfg=AUGMENTATION),
-        test_transform=image_transform(size, False, mean, std),
-    )
+    vqa = build_vqa()
+    load_weights(vqa.model, WEIGHTS)
+    return vqa
 
 
 def _left_padded(rows: Sequence[Tensor], value: int) -> Tensor:
