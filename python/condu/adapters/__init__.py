@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from condu.adapters.absorb import absorb_adapter
-from condu.adapters.extract import Loss, extract_adapter
+from condu.adapters.extract import EnergyLoss, extract_adapter
 
-__all__ = ["Loss", "absorb_adapter", "extract_adapter"]
+__all__ = ["EnergyLoss", "absorb_adapter", "extract_adapter"]

@@ -30,7 +30,7 @@ from condu_ext.files import PART, sync
 
 
 @dataclass(frozen=True)
-class Loss:
+class EnergyLoss:
     """Share of ‖d̃‖² that an adapter of low rank leaves out, of all weights and of the worst."""
 
     total: float
@@ -45,7 +45,7 @@ def extract_adapter(
     *,
     init: str | os.PathLike[str] | None = None,
     svd_rank: int | None = None,
-) -> Loss | None:
+) -> EnergyLoss | None:
     """Write a task's expert as a folder that ``PeftModel.from_pretrained`` loads.
 
     From a state of factors it is exact: θ̃ = θ_0 + d̃ with ``init``, the adapter saved before
@@ -96,7 +96,7 @@ def extract_adapter(
 
 def _of_low_rank(
     deltas: Mapping[str, Tensor], rank: int
-) -> tuple[LoraConfig, dict[str, Tensor], Loss]:
+) -> tuple[LoraConfig, dict[str, Tensor], EnergyLoss]:
     attentions = {name.removesuffix(".in_proj_weight") for name in deltas} - deltas.keys()
     tensors, energy, lost, layers = {}, {}, {}, []
     for name, delta in deltas.items():
@@ -118,7 +118,7 @@ def _of_low_rank(
     shares = {name: lost[name] / energy[name] if energy[name] else 0.0 for name in deltas}
     worst = max(shares, key=lambda name: shares[name])
     total = sum(lost.values()) / (sum(energy.values()) or 1.0)
-    return config, tensors, Loss(total, shares[worst], worst)
+    return config, tensors, EnergyLoss(total, shares[worst], worst)
 
 
 def _truncated(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:

@@ -1,4 +1,4 @@
-"""The LoRA layers of a live PEFT model: their names, and the weight changes that they make."""
+"""The LoRA layers of a live PEFT model, and the weight changes that they make."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention as LoraAttention
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from condu.live import canonical_name
+from condu.adapters.names import StateNames
 
 # the kinds whose get_delta_weight is the whole change that the layer makes
 _PRODUCTS = (Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraAttention)
@@ -138,54 +137,6 @@ class LoraLayers:
         for name, module in self._model.named_modules():
             if isinstance(module, BaseTunerLayer):
                 yield name, module
-
-
-class StateNames:
-    """Names of live tensors in the state: what belongs to the adapter is named as PEFT saves it,
-    and everything else as in the model without adapters.
-    """
-
-    def __init__(self, model: nn.Module, adapter: str) -> None:
-        self._adapter = adapter
-        kinds = (PeftModel, BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)
-        self._owners = {
-            name: module
-            for name, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, kinds)
-        }
-
-    def __call__(self, name: str) -> str:
-        return canonical_name(self._saved_by_peft(name) or self._without_adapters(name))
-
-    def is_adapters(self, name: str) -> bool:
-        """Whether a live tensor belongs to an adapter, this or another one."""
-        return self._saved_by_peft(name) is not None
-
-    def _saved_by_peft(self, name: str) -> str | None:
-        segments = name.split(".")
-        for position, segment in enumerate(segments[:-1]):
-            owner = self._owners.get(".".join(segments[:position]))
-            whole = isinstance(owner, AuxiliaryTrainingWrapper) and segment == "modules_to_save"
-            if whole or (
-                isinstance(owner, BaseTunerLayer) and segment in owner.adapter_layer_names
-            ):
-                if segments[position + 1] != self._adapter:
-                    return name
-                return ".".join(segments[: position + (not whole)] + segments[position + 2 :])
-        return None
-
-    def _without_adapters(self, name: str) -> str:
-        segments = name.split(".")
-        kept = []
-        for position, segment in enumerate(segments):
-            owner = self._owners.get(".".join(segments[:position]))
-            if not (
-                (segment == "base_layer" and isinstance(owner, BaseTunerLayer))
-                or (segment == "base_model" and isinstance(owner, PeftModel))
-                or (segment == "model" and isinstance(owner, BaseTuner))
-            ):
-                kept.append(segment)
-        return ".".join(kept)
 
 
 def factors_of(layer: LoraLayer, adapter: str) -> list[Tensor]:
