@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import condu_ext as cx
-from condu.sharded import placed_like, show_shards
 from condu_ext import FusionRule, UnifiedDelta
-from condu_ext.sharding import is_sharded, local_part
+from condu_ext.sharding import is_sharded, mesh_of
 
 _DEFAULT_RULE = FusionRule()
 
@@ -220,7 +219,7 @@ class ConDU:
         the one it was saved with.
         """
         named = _named_tensors(model)
-        state = UnifiedDelta.load(path, like=placed_like(named))
+        state = UnifiedDelta.load(path, like=named if mesh_of(named) else None)
         # a state without tasks knows its private tensors by pattern only
         names = {n for n in _changeable(named) if _matches(n, state.spec.private)}.union(
             state.delta, *(state.private(task) for task in state.tasks)
@@ -278,9 +277,7 @@ class ConDU:
             for name, base in self._base.items()
             if name not in self._names
             and base.is_floating_point()
-            and not torch.equal(
-                local_part(live[name]).to(base.device, base.dtype), local_part(base)
-            )
+            and not torch.equal(live[name].detach().to(base.device, base.dtype), base)
         ]
 
     def _refuse_in_expert_block(self, call: str) -> None:
@@ -298,7 +295,7 @@ def canonical_name(name: str) -> str:
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by canonical name, tied ones under each of their names."""
-    show_shards(model)
+    # asked first, for it also makes FSDP2 put shards in the place of what a forward pass gathered
     saved = model.state_dict().keys()
     tensors: dict[str, Tensor] = {}
     for name, tensor in (
