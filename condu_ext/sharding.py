@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -148,8 +148,11 @@ def shard_of(where: str, tensor: Tensor) -> ShardSpec | None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every process of its mesh. Collective for a sharded one."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    """The whole tensor, on every process of its mesh. Collective for a sharded one, whose parts are
+    sent from the mesh's kind of device, also where they are kept elsewhere."""
+    if not is_sharded(tensor):
+        return tensor
+    return cast("DTensor", tensor.to(tensor.device_mesh.device_type)).full_tensor()
 
 
 def place_in(mesh: DeviceMesh | None) -> int:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -17,6 +18,8 @@ import condu_ext as cx
 from condu.live import changeable, copies, devices_of, is_parameter, matches, write
 from condu.spaces import FROZEN_WEIGHTS, AdapterSpace, WeightSpace, holds_factors, space_of
 from condu_ext import FusionRule, UnifiedDelta
+from condu_ext.manifest import read_manifest
+from condu_ext.sharding import mesh_of
 
 _DEFAULT_RULE = FusionRule()
 
@@ -56,6 +59,10 @@ class ConDU:
     common start is θ_0; with ``space="product"`` on the changes of the adapted weights, ΔW = s·B·A,
     where an expert is written into the base weights and the adapter is off until ``reset``. In
     both, ``include`` and ``exclude`` cannot choose among adapted layers.
+
+    A module that FSDP2's ``fully_shard`` spread over processes is one whose ``ConDU`` is made after
+    that, in every process, and every process makes the same calls: each keeps its parts of θ_0 and
+    of the state. An error in one is raised in all.
 
     ``state`` is the ``condu_ext.UnifiedDelta``; its ``drop`` and ``rename`` may be used at any
     time.
@@ -278,9 +285,10 @@ class ConDU:
         of products knows nothing of θ_0: a warning says so.
         """
         where = os.fspath(path)
-        state = UnifiedDelta.load(path)
-        space = space_of(model, "factors" if holds_factors(state.delta) else "product")
+        fused = [entry.name for entry in read_manifest(Path(path)).spec.tensors]
+        space = space_of(model, "factors" if holds_factors(fused) else "product")
         named = space.named()
+        state = UnifiedDelta.load(path, like=named if mesh_of(named) else None)
         try:
             space.match(state, named)
         except ValueError as error:

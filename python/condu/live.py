@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from condu_ext.sharding import is_sharded
+
 
 def canonical_name(name: str) -> str:
     """A tensor's name without what wrappers add: leading ``module.``, ``_orig_mod.`` anywhere."""
@@ -25,6 +27,7 @@ def named_tensors(
     Raises:
         ValueError: two tensors have the same canonical name.
     """
+    # asked first, for it also makes FSDP2 put shards in the place of what a forward pass gathered
     saved = model.state_dict().keys()
     tensors: dict[str, Tensor] = {}
     for name, tensor in (
@@ -65,7 +68,9 @@ def copies(tensors: Mapping[str, Tensor], device: torch.device | None = None) ->
     copied: dict[tuple[object, ...], Tensor] = {}
     result = {}
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        # a shard may be empty, and all processes must find the same ties: the object itself tells
+        place = id(tensor) if is_sharded(tensor) else tensor.data_ptr()
+        key = (place, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if key not in copied:
             copied[key] = tensor.detach().to(device or tensor.device, copy=True)
         result[name] = copied[key]

@@ -41,10 +41,10 @@ LARGE: dict[str, tuple[tuple[int, ...], Placements]] = {
     "large_plain": ((70000,), None),
 }
 ON_BORDERS = {
-    "on_borders": LARGE["on_borders"],
+    "on_borders": ((8, ROWS), (Shard(0),)),
     "in_one_chunk": ((1, ROWS), (Shard(0),)),
-    "plain": ((150000,), None),
-    "replicated": ((70000,), (Replicate(),)),
+    "plain": ((170000,), None),
+    "replicated": ((200000,), (Replicate(),)),
 }
 
 

@@ -293,6 +293,37 @@ def targets_that_require_grad(group: Group) -> None:
         cx.decouple_(state, "task 1", base, out=base)
 
 
+def ranks_of_a_grid_of_four(group: Group) -> None:
+    """An error names the right one of processes in two dimensions."""
+    spread = group.grid
+    base = spread.shard(spread.base())
+    state = cx.UnifiedDelta.empty(base, private=PRIVATE)
+    for culprit in range(4):
+        given = without("twice")(spread, base) if group.rank == culprit else base
+        with pytest.raises(KeyError, match="'twice' is missing") as caught:
+            cx.absorb(state, "t", given, base)
+        assert (f"rank {culprit}:" in str(caught.value)) == (group.rank != culprit)
+
+
+def modules_of_fsdp1(group: Group) -> None:
+    """Flattened shards have other shapes than the model; gathered ones can be fused."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    cpu = torch.device("cpu")
+    for original in (False, True):
+        layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+        model = FullyShardedDataParallel(layers, use_orig_params=original, device_id=cpu)
+        flat = [dict(model.named_parameters())]
+        if not original:
+            flat.append(dict(model.module.named_parameters()))
+        for tensors in flat:
+            with pytest.raises(TypeError, match=r"'.*': is a flattened shard .*fully_shard"):
+                cx.unify({"t": tensors}, None)
+        with FullyShardedDataParallel.summon_full_params(model):
+            state = cx.unify({"t": dict(model.named_parameters())}, None)
+            assert {tuple(t.shape) for t in state.delta.values()} == {(4, 3), (4,), (1, 4), (1,)}
+
+
 REFUSALS: tuple[Case, ...] = (
     mistakes_of_one_process,
     who_made_the_mistake,
@@ -305,4 +336,6 @@ REFUSALS: tuple[Case, ...] = (
     plain_and_sharded_states,
     whole_tensors_only,
     targets_that_require_grad,
+    ranks_of_a_grid_of_four,
+    modules_of_fsdp1,
 )

@@ -15,7 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from shard_worker import CASES, NEEDS_FOUR
+
+import condu_ext as cx
 
 GROUP_TIMEOUT = 300.0  # seconds; a collective that waits in vain gives up after 60
 WORLDS = (1, 2, 4)
@@ -72,3 +75,25 @@ def test_sharded(world: int, name: str, outcomes: Outcomes) -> None:
     for rank, (found, log) in enumerate(outcomes.of(world)):
         outcome = found.get(name, f"not reached\n{log[-2000:]}")
         assert not outcome, f"rank {rank} of {world}: {outcome}"
+
+
+def test_placeholders_of_zero_3_are_refused_by_name() -> None:
+    """DeepSpeed leaves an empty tensor in a parameter's place, with its shape as an attribute."""
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    model = {"weight": weight, "bias": torch.nn.Parameter(torch.ones(3))}
+    state = cx.unify({"t": model}, None)
+    weight.ds_shape = weight.shape
+    assert cx.absorb(state, "gathered", model, None).tasks == ("t", "gathered")
+    weight.data = torch.empty(0)
+    for call in (
+        lambda: cx.unify({"u": model}, None),
+        lambda: cx.absorb(state, "u", model, None),
+        lambda: cx.decouple_(state, "t", None, out=model),
+        lambda: cx.UnifiedDelta.empty(model),
+        lambda: state.record_base(model),
+    ):
+        with pytest.raises(
+            TypeError,
+            match=r"'weight': .*placeholder of shape \(0,\) for .* \(3, 2\).*GatheredParameters",
+        ):
+            call()
