@@ -14,7 +14,8 @@ import torch
 from condu_ext import _C
 from condu_ext.alignment import align_, average_, magnitude_threshold
 from condu_ext.decoupling import decouple, decouple_
-from condu_ext.fusion import absorb, absorb_, merge, unify
+from condu_ext.fusion import absorb, absorb_, unify
+from condu_ext.merging import merge
 from condu_ext.rule import FusionRule
 from condu_ext.unified import UnifiedDelta
 

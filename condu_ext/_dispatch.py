@@ -48,7 +48,8 @@ def kernels_for(backend: str | None, device: torch.device) -> Any:
 
 
 class Sources:
-    """One model (or delta) resolved against a spec: flat tensors in the order of an arena."""
+    """The local parts of one model (or delta) resolved against a spec, to be had flat in the order
+    of an arena."""
 
     def __init__(self, spec: ModelSpec, tensors: list[Tensor | None]) -> None:
         self.spec, self.tensors = spec, tensors
@@ -65,7 +66,7 @@ class Sources:
                 if tensor is not None and entry.via:
                     tensor = tensor.to(entry.via)
             if tensor is None:
-                tensor = torch.zeros(entry.shape, dtype=torch.float32, device=device)
+                tensor = torch.zeros(entry.local_shape, dtype=torch.float32, device=device)
             result.append(entry.flatten(tensor))
         return result
 

@@ -53,6 +53,7 @@ from condu_ext._dispatch import kernels_for
 from condu_ext._modes import without_autograd
 from condu_ext.inputs import Model, check_devices, check_mapping, describe, fixed_names, resolve
 from condu_ext.layout import ModelSpec, group_by_device
+from condu_ext.sharding import refuse_sharded
 from condu_ext.targets import check_targets, write_through
 
 Scope = Literal["tensor", "global"]
@@ -113,6 +114,7 @@ def magnitude_threshold(
     if not 0 < top <= 1:
         raise ValueError(f"top must be in (0, 1], not {top!r}")
     _check_option("scope", scope, get_args(Scope))
+    refuse_sharded("reference", reference)
     spec = describe("reference", reference, ())
     tensors = _all_present(resolve(spec, "reference", reference, "error"))
     names = [entry.name for entry in spec.tensors]
@@ -148,6 +150,8 @@ class _Pair:
 
     def __init__(self, written: tuple[str, Model], read: tuple[str, Model]) -> None:
         (who, out), (other, model) = written, read
+        refuse_sharded(who, out)
+        refuse_sharded(other, model)
         self.spec: ModelSpec = describe(who, out, ())
         self.targets = _all_present(resolve(self.spec, who, out, "error"))
         self.devices = [t.device for t in self.targets]

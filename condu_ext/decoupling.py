@@ -1,16 +1,21 @@
 """Decouple: a task's expert θ̃ = θ_0 + λ·(M ⊙ u), as new tensors or into a live model.
 
-Arguments and errors are those of :mod:`condu_ext.fusion`.
+Arguments and errors are those of :mod:`condu_ext.fusion`. With a sharded state both are collective:
+every process gets or writes its own part.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from condu_ext._dispatch import Sources, kernels_for, read_base
 from condu_ext._modes import without_autograd
+from condu_ext.collective import Step
 from condu_ext.inputs import Model, check_devices, resolve
+from condu_ext.sharding import local_part
 from condu_ext.targets import check_writable, write_through
 from condu_ext.unified import UnifiedDelta
 
@@ -30,14 +35,19 @@ def decouple(
     tensors where the task has none, see ``missing``).
     """
     with state.lock:
-        state.position(task)
-        base = read_base(state.spec, pretrained)
-        out: dict[str, Tensor] = {}
+        with Step(state.spec.mesh) as step:
+            state.position(task)
+            step.claims["the task"] = task
+            kernels = [kernels_for(backend, arena.device) for arena in state.arenas]
+            base = read_base(state.spec, pretrained)
+            check_devices(state.spec, "pretrained", base, state.devices())
+        local: list[Tensor] = []
         for entry, theta_0, device in zip(state.spec.tensors, base, state.devices(), strict=True):
             dtype = torch.float32 if theta_0 is None else theta_0.dtype
-            flat = torch.empty(entry.numel, dtype=dtype, device=device)
-            out[entry.name] = entry.unflatten(flat)
-        _write_expert(state, task, base, list(out.values()), backend)
+            flat = torch.empty(entry.local_numel, dtype=dtype, device=device)
+            local.append(entry.unflatten(flat))
+        _write_expert(state, task, base, local, kernels)
+        out = {e.name: e.wrap(t) for e, t in zip(state.spec.tensors, local, strict=True)}
         out |= {alias: out[target] for alias, target in state.spec.aliases.items()}
         kept = state.spec.fixed | state.spec.private_names
         out |= {name: t.clone() for name, t in (pretrained or {}).items() if name in kept}
@@ -66,19 +76,23 @@ def decouple_(
         ValueError: ``out`` shares memory with ``pretrained``, or is expanded.
     """
     with state.lock:
-        state.position(task)
-        base = read_base(state.spec, pretrained)
-        targets = [t for t in resolve(state.spec, "out", out, "error") if t is not None]
-        base_private = {
-            n: t for n, t in (pretrained or {}).items() if n in state.spec.private_names
-        }
-        private = base_private | state.private_of(task)
-        arenas = [arena.u for arena in state.arenas]
-        check_writable(state.spec, out, targets, base, private, state.devices(), arenas)
+        with Step(state.spec.mesh) as step:
+            state.position(task)
+            step.claims["the task"] = task
+            kernels = [kernels_for(backend, arena.device) for arena in state.arenas]
+            base = read_base(state.spec, pretrained)
+            check_devices(state.spec, "pretrained", base, state.devices())
+            targets = [t for t in resolve(state.spec, "out", out, "error") if t is not None]
+            base_private = {
+                n: t for n, t in (pretrained or {}).items() if n in state.spec.private_names
+            }
+            private = base_private | state.private_of(task)
+            arenas = [arena.u for arena in state.arenas]
+            check_writable(state.spec, out, targets, base, private, state.devices(), arenas)
         with torch.no_grad():
-            _write_expert(state, task, base, targets, backend)
+            _write_expert(state, task, base, targets, kernels)
             for name, tensor in private.items():
-                out[name].detach().copy_(tensor)
+                local_part(out[name]).copy_(local_part(tensor))
         written = [*(out[n] for n in out if n not in state.spec.fixed)]
         torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
@@ -88,17 +102,16 @@ def _write_expert(
     task: str,
     base: list[Tensor | None],
     targets: list[Tensor],
-    backend: str | None,
+    kernels: list[Any],
 ) -> None:
     position = state.position(task)
     sources = Sources(state.spec, base)
-    check_devices(state.spec, "pretrained", base, state.devices())
-    for arena in state.arenas:
+    for arena, own in zip(state.arenas, kernels, strict=True):
         entries = [state.spec.tensors[k] for k in arena.index]
         has_base = base[arena.index[0]] is not None
         theta_0 = sources.flat(arena.index, None, arena.device) if has_base else []
         with write_through(entries, [targets[k] for k in arena.index]) as flat:
-            kernels_for(backend, arena.device).decouple_(
+            own.decouple_(
                 flat,
                 arena.u,
                 arena.planes[position],

@@ -1,4 +1,4 @@
-"""Unify, absorb, merge: models by name in, states out.
+"""Unify and absorb: models by name in, states out.
 
 Each function checks names, shapes, dtypes, devices and ties first, then makes one call to the
 kernels for each device, then forms the rescalers. Source: ConDU, arXiv 2503.10705; θ is a
@@ -13,19 +13,22 @@ Common arguments:
         GPU for which no kernels were compiled None means ``"reference"``.
 
 Common errors: ``KeyError`` for a missing tensor or an unknown task, ``TypeError`` for tensors that
-cannot be fused (float64, quantised, sharded), ``ValueError`` for everything else; all name the task
-and the tensor, and leave every argument as it was.
+cannot be fused (float64, quantised), ``ValueError`` for everything else; all name the task and the
+tensor, and leave every argument as it was.
+
+Sharded models (:mod:`condu_ext.sharding`): every process of the device mesh makes the same call,
+with its parts of the same tensors; all of a task's models are placed alike. An error on one process
+is raised on all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from condu_ext import _native
 from condu_ext._dispatch import (
     ZERO_SUM_CODES,
     Sources,
@@ -34,12 +37,14 @@ from condu_ext._dispatch import (
     tensor_names,
 )
 from condu_ext._modes import without_autograd
+from condu_ext.collective import Step
 from condu_ext.inputs import (
     Model,
     check_devices,
     check_fixed,
     check_private,
     describe,
+    is_private,
     private_tensors,
     resolve,
     with_rounding,
@@ -47,8 +52,11 @@ from condu_ext.inputs import (
 from condu_ext.layout import Arena, ModelSpec, group_by_device
 from condu_ext.rescale import apply_rescalers, check_finite, warn_of
 from condu_ext.rule import FusionRule
-from condu_ext.transfer import rearranged
+from condu_ext.sharding import local_part, mesh_of
+from condu_ext.sums import SumStep
 from condu_ext.unified import UnifiedDelta, check_state_dtype, check_task_name
+
+_Inputs = tuple[list[Tensor], list[Tensor], list[int]]  # model, base and via of an operator
 
 
 @without_autograd
@@ -74,58 +82,92 @@ def unify(
     Returns:
         A state with the tasks in the order of ``models``.
     """
-    if not isinstance(models, Mapping):
-        raise TypeError(
-            f"models: expected a mapping from task names to models, got {type(models).__name__}"
-        )
-    if not models:
-        raise ValueError("models: there is no model to unify")
-    check_state_dtype(dtype)
+    mesh = mesh_of(pretrained, *(models.values() if isinstance(models, Mapping) else ()))
     rule = rule or FusionRule()
-    tasks = [check_task_name(task) for task in models]
-    first = next(iter(models.values()))
-    private = private if isinstance(private, str) else tuple(private)
-    template = pretrained if pretrained is not None else first
-    spec = describe(
-        "pretrained" if pretrained is not None else f"task {tasks[0]!r}", template, private
-    )
-    base = read_base(spec, pretrained)
-    devices = [template[entry.name].device for entry in spec.tensors]
+    with Step(mesh) as step:
+        tasks = _check_tasks(models)
+        check_state_dtype(dtype)
+        who, template = next((f"task {task!r}", model) for task, model in models.items())
+        if pretrained is not None:
+            who, template = "pretrained", pretrained
+        spec = describe(who, template, private if isinstance(private, str) else tuple(private))
+        step.mine = spec.aliases
+        step.claims |= {"the tasks": tasks, "the rule": rule, "the state's dtype": dtype}
 
-    resolved: list[list[Tensor | None]] = []
-    for k, (task, model) in enumerate(models.items()):
-        who = f"task {task!r}"
-        tensors = resolve(spec, who, model, missing)
-        check_private(spec, who, model, missing)
-        check_fixed(spec, who, model, pretrained)
-        check_devices(spec, who, tensors, devices)
-        spec = with_rounding(spec, who, tensors, base, match_dtype=match_dtype, settled=k > 0)
-        resolved.append(tensors)
+    with Step(mesh) as checks:
+        spec = spec.with_ties(step.all)
+        base = read_base(spec, pretrained)
+        devices = [local_part(template[entry.name]).device for entry in spec.tensors]
+        groups = group_by_device(devices)
+        kernels = [kernels_for(backend, device) for device in groups]
+        resolved: list[list[Tensor | None]] = []
+        for k, (task, model) in enumerate(models.items()):
+            who = f"task {task!r}"
+            tensors = resolve(spec, who, model, missing)
+            check_private(spec, who, model, missing)
+            check_fixed(spec, who, model, pretrained)
+            check_devices(spec, who, tensors, devices)
+            spec = with_rounding(spec, who, tensors, base, match_dtype=match_dtype, settled=k > 0)
+            resolved.append(tensors)
+            checks.claims |= _claims_of_task(spec, who, model, tensors)
+        checks.claims |= _claims_of_call(spec, pretrained, groups.values())
+
+    start = Sources(spec, base)
+    fused = []
+    with SumStep(spec) as summing:
+        for (device, index), own in zip(groups.items(), kernels, strict=True):
+            theta_0 = start.flat(index, None, device) if pretrained is not None else []
+            fallback = start if pretrained is not None else None
+            flat = [
+                t
+                for tensors in resolved
+                for t in Sources(spec, tensors).flat(index, fallback, device)
+            ]
+            u, planes, chunk_sums = own.unify(
+                flat, theta_0, len(tasks), ZERO_SUM_CODES[rule.zero_sum], dtype, start.via(index)
+            )
+            summing.add(index, chunk_sums)
+            fused.append((index, u, list(planes)))
 
     arenas = []
-    for device, index in group_by_device(devices).items():
-        kernels = kernels_for(backend, device)
-        start = Sources(spec, base)
-        theta_0 = start.flat(index, None, device) if pretrained is not None else []
-        fallback = start if pretrained is not None else None
-        flat = [
-            t for tensors in resolved for t in Sources(spec, tensors).flat(index, fallback, device)
-        ]
-        numels = [spec.tensors[k].numel for k in index]
-        u, planes, chunk_sums = kernels.unify(
-            flat, theta_0, len(tasks), ZERO_SUM_CODES[rule.zero_sum], dtype, start.via(index)
-        )
-        sums = _native.add_chunks(numels, chunk_sums)
+    for (index, u, planes), sums in zip(fused, summing.sums(), strict=True):
+        numels = tuple(spec.tensors[k].local_numel for k in index)
         num, den = sums[: len(tasks)], sums[len(tasks) :]
-        arena = Arena(
-            tuple(index), tuple(numels), u, list(planes), num, den, torch.zeros(num.shape)
-        )
+        arena = Arena(tuple(index), numels, u, planes, num, den, torch.zeros(num.shape))
         check_finite(num, tasks, tensor_names(spec, arena))
         check_finite(den, tasks, tensor_names(spec, arena))
         arenas.append(arena)
     warn_of(apply_rescalers(spec, arenas, rule, tasks, [True] * len(tasks)))
     kept = {task: private_tensors(spec, model) for task, model in models.items()}
     return UnifiedDelta(spec, arenas, tasks=tasks, rule=rule, dtype=dtype, private=kept)
+
+
+def _check_tasks(models: Mapping[str, Model]) -> list[str]:
+    if not isinstance(models, Mapping):
+        raise TypeError(
+            f"models: expected a mapping from task names to models, got {type(models).__name__}"
+        )
+    if not models:
+        raise ValueError("models: there is no model to unify")
+    return [check_task_name(task) for task in models]
+
+
+def _claims_of_task(
+    spec: ModelSpec, who: str, model: Model, tensors: list[Tensor | None]
+) -> dict[str, object]:
+    """What processes that share a model must agree on: which of its tensors there are."""
+    absent = [e.name for e, t in zip(spec.tensors, tensors, strict=True) if t is None]
+    private = sorted(name for name in model if is_private(name, spec.private))
+    return {f"the missing tensors of {who}": absent, f"the private tensors of {who}": private}
+
+
+def _claims_of_call(
+    spec: ModelSpec, pretrained: Model | None, indices: Iterable[Sequence[int]]
+) -> dict[str, object]:
+    return spec.claims() | {
+        "whether there is a pretrained model": pretrained is not None,
+        "which tensors share a device": [list(index) for index in indices],
+    }
 
 
 class _Newcomer:
@@ -155,19 +197,22 @@ class _Newcomer:
         self.model = Sources(self.spec, tensors)
         self.base = Sources(self.spec, base) if pretrained is not None else None
         self.private = private_tensors(state.spec, finetuned)
+        indices = [arena.index for arena in state.arenas]
+        self.claims = {
+            "the tasks": [*state.tasks, task],
+            **_claims_of_task(self.spec, who, finetuned, tensors),
+            **_claims_of_call(self.spec, pretrained, indices),
+        }
 
-    def inputs(self, arena: Arena) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    def inputs(self, arena: Arena) -> _Inputs:
         """Arguments ``model``, ``base`` and ``via`` of the operators for one arena."""
         device = arena.device
         base = self.base.flat(arena.index, None, device) if self.base else []
         return self.model.flat(arena.index, self.base, device), base, self.model.via(arena.index)
 
 
-def _absorbed_sums(
-    arena: Arena, task: str, spec: ModelSpec, chunk_sums: Tensor
-) -> tuple[Tensor, Tensor]:
+def _check_sums(arena: Arena, task: str, spec: ModelSpec, sums: Tensor) -> tuple[Tensor, Tensor]:
     """num and den of the old tasks and the new one; the new one's values are checked."""
-    sums = _native.add_chunks(arena.numels, chunk_sums)
     names = tensor_names(spec, arena)
     check_finite(sums[-1:], [task], names)
     check_finite(sums[:-1], [task] * (len(sums) - 1), names)
@@ -193,21 +238,27 @@ def absorb(
         A new state with ``task`` as its last; ``state`` is unchanged.
     """
     with state.lock:
-        new = _Newcomer(state, task, finetuned, pretrained, missing, match_dtype)
+        with Step(state.spec.mesh) as step:
+            new = _Newcomer(state, task, finetuned, pretrained, missing, match_dtype)
+            kernels = [kernels_for(backend, arena.device) for arena in state.arenas]
+            step.claims |= new.claims
+        fused = []
+        with SumStep(state.spec) as summing:
+            for arena, own in zip(state.arenas, kernels, strict=True):
+                u, planes, chunk_sums = own.absorb(
+                    arena.u,
+                    arena.planes,
+                    arena.rescaler,
+                    *_with_rule(new.inputs(arena), state.rule),
+                )
+                summing.add(arena.index, chunk_sums)
+                fused.append((arena, u, list(planes)))
         arenas = []
-        for arena in state.arenas:
-            u, planes, chunk_sums = kernels_for(backend, arena.device).absorb(
-                arena.u,
-                arena.planes,
-                arena.rescaler,
-                *_with_rule(new.inputs(arena), state.rule),
-            )
-            num, den = _absorbed_sums(arena, task, state.spec, chunk_sums)
-            arenas.append(
-                Arena(arena.index, arena.numels, u, list(planes), num, den, arena.rescaler)
-            )
+        for (arena, u, planes), sums in zip(fused, summing.sums(), strict=True):
+            num, den = _check_sums(arena, task, state.spec, sums)
+            arenas.append(Arena(arena.index, arena.numels, u, planes, num, den, arena.rescaler))
         tasks = [*state.tasks, task]
-        warn_of(apply_rescalers(state.spec, arenas, state.rule, tasks, _alive(state)))
+        warn_of(apply_rescalers(state.spec, arenas, state.rule, tasks, [*state.alive(), True]))
         private = {t: state.private_of(t) for t in state.tasks} | {task: new.private}
         return state.successor(arenas, tasks=tasks, private=private, spec=new.spec)
 
@@ -232,31 +283,35 @@ def absorb_(
             and every later use of it raises.
     """
     with state.lock:
-        new = _Newcomer(state, task, finetuned, pretrained, missing, match_dtype)
-        arenas = [(a, kernels_for(backend, a.device), new.inputs(a)) for a in state.arenas]
+        with Step(state.spec.mesh) as step:
+            new = _Newcomer(state, task, finetuned, pretrained, missing, match_dtype)
+            arenas = [(a, kernels_for(backend, a.device), new.inputs(a)) for a in state.arenas]
+            added = [
+                torch.empty(arena.u.numel() // 8, dtype=torch.uint8, device=arena.device)
+                for arena in state.arenas
+            ]
+            step.claims |= new.claims | {"check": check}
         if check:
-            for arena, kernels, (model, base, via) in arenas:
-                num = _native.add_chunks(arena.numels, kernels.measure(model, base, via))
-                check_finite(num, [task], tensor_names(state.spec, arena))
-        added = [
-            torch.empty(arena.u.numel() // 8, dtype=torch.uint8, device=arena.device)
-            for arena in state.arenas
-        ]
-        alive = _alive(state)
+            _check_values(state, task, arenas)
+        alive = [*state.alive(), True]
         state.mark_damaged(f"absorb_ of task {task!r} did not finish: the state is lost")
-        sums = []
-        for (arena, kernels, inputs), plane in zip(arenas, added, strict=True):
-            chunk_sums = kernels.absorb_(
-                arena.u, arena.planes, plane, arena.rescaler, *_with_rule(inputs, state.rule)
-            )
-            torch.autograd.graph.increment_version(arena.u)
-            try:
-                sums.append(_absorbed_sums(arena, task, state.spec, chunk_sums))
-            except ValueError as error:
-                lost = f"absorb_ of {error}; the state was overwritten and is lost"
-                state.mark_damaged(lost)
-                raise ValueError(lost) from None
-        for arena, plane, (num, den) in zip(state.arenas, added, sums, strict=True):
+        with SumStep(state.spec) as summing:
+            for (arena, kernels, inputs), plane in zip(arenas, added, strict=True):
+                chunk_sums = kernels.absorb_(
+                    arena.u, arena.planes, plane, arena.rescaler, *_with_rule(inputs, state.rule)
+                )
+                torch.autograd.graph.increment_version(arena.u)
+                summing.add(arena.index, chunk_sums)
+        try:
+            tables = [
+                _check_sums(arena, task, state.spec, sums)
+                for arena, sums in zip(state.arenas, summing.sums(), strict=True)
+            ]
+        except ValueError as error:
+            lost = f"absorb_ of {error}; the state was overwritten and is lost"
+            state.mark_damaged(lost)
+            raise ValueError(lost) from None
+        for arena, plane, (num, den) in zip(state.arenas, added, tables, strict=True):
             arena.planes.append(plane)
             arena.num, arena.den = num, den
         state.spec = new.spec
@@ -266,83 +321,19 @@ def absorb_(
         warn_of(died)
 
 
+def _check_values(
+    state: UnifiedDelta, task: str, arenas: Sequence[tuple[Arena, Any, _Inputs]]
+) -> None:
+    """Refuse NaN and infinity before anything is overwritten."""
+    with SumStep(state.spec) as summing:
+        for arena, kernels, (model, base, via) in arenas:
+            summing.add(arena.index, kernels.measure(model, base, via))
+    for (arena, _, _), num in zip(arenas, summing.sums(), strict=True):
+        check_finite(num, [task], tensor_names(state.spec, arena))
+
+
 def _with_rule(
-    inputs: tuple[list[Tensor], list[Tensor], list[int]], rule: FusionRule
+    inputs: _Inputs, rule: FusionRule
 ) -> tuple[list[Tensor], list[Tensor], int, list[int]]:
     model, base, via = inputs
     return model, base, ZERO_SUM_CODES[rule.zero_sum], via
-
-
-def _alive(*states: UnifiedDelta) -> list[bool]:
-    """Which tasks, one more included, still have a rescaler above 0."""
-    alive = []
-    for state in states:
-        for t in range(len(state.tasks)):
-            alive.append(any(bool((arena.rescaler[t] > 0).any()) for arena in state.arenas))
-    return [*alive, True]
-
-
-@without_autograd
-def merge(a: UnifiedDelta, b: UnifiedDelta, *, backend: str | None = None) -> UnifiedDelta:
-    """Join two states over the same base model: a's tasks, then b's.
-
-    Raises:
-        ValueError: tasks in common, another rule, dtype, base model, set of tensors, or device.
-    """
-    first, second = sorted((a, b), key=id)  # one order, whoever merges what into what
-    with first.lock, second.lock:
-        a.check_whole()
-        b.check_whole()
-        if common := set(a.tasks) & set(b.tasks):
-            raise ValueError(f"both states hold task {min(common)!r}; rename one")
-        for what, ours, theirs in (
-            ("rule", a.rule, b.rule),
-            ("dtype", a.dtype, b.dtype),
-            ("private patterns", a.spec.private, b.spec.private),
-        ):
-            if ours != theirs:
-                raise ValueError(f"the states differ in {what}: {ours} and {theirs}")
-        _check_same_tensors(a, b)
-        matching = b.arenas
-        orders = [entry.order for entry in a.spec.tensors]
-        if orders != [entry.order for entry in b.spec.tensors]:
-            _, matching = rearranged(b.spec, b.arenas, b.devices(), orders)
-        arenas = []
-        for left, right in zip(a.arenas, matching, strict=True):
-            u, planes, chunk_sums = kernels_for(backend, left.device).merge(
-                left.u,
-                left.planes,
-                left.rescaler,
-                right.u,
-                right.planes,
-                right.rescaler,
-                list(left.numels),
-                ZERO_SUM_CODES[a.rule.zero_sum],
-            )
-            den = _native.add_chunks(left.numels, chunk_sums)
-            tasks = [*a.tasks, *b.tasks]
-            check_finite(den, tasks, tensor_names(a.spec, left))
-            num = torch.cat([left.num, right.num])
-            arenas.append(Arena(left.index, left.numels, u, list(planes), num, den, left.rescaler))
-        tasks = [*a.tasks, *b.tasks]
-        warn_of(apply_rescalers(a.spec, arenas, a.rule, tasks, _alive(a, b)))
-        private = {t: a.private_of(t) for t in a.tasks} | {t: b.private_of(t) for t in b.tasks}
-        merged = a.successor(arenas, tasks=tasks, private=private)
-        merged.base_name = a.base_name or b.base_name
-        merged.base_fingerprints = b.base_fingerprints | a.base_fingerprints
-        return merged
-
-
-def _check_same_tensors(a: UnifiedDelta, b: UnifiedDelta) -> None:
-    for left, right in zip(a.spec.tensors, b.spec.tensors, strict=False):
-        if left != replace(right, order=left.order):
-            raise ValueError(f"the states differ in a tensor: {left} and {right}")
-    if len(a.spec.tensors) != len(b.spec.tensors) or a.spec.aliases != b.spec.aliases:
-        raise ValueError("the states differ in their tensors or in which are tied")
-    if a.devices() != b.devices():
-        raise ValueError(
-            f"the states are on {a.devices()[0]} and {b.devices()[0]}; use .to(device)"
-        )
-    for name, digits in a.base_fingerprints.items():
-        if b.base_fingerprints.get(name, digits) != digits:
-            raise ValueError(f"the states are over different base models: {name!r} differs")

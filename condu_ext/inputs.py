@@ -2,7 +2,8 @@
 
 A model is a mapping from tensor names to tensors: a state dict, or ``dict(named_parameters())``.
 Floating tensors are fused; integer and bool entries must equal the base model's; names that match
-a ``private`` pattern are stored whole for each task; tied tensors count once.
+a ``private`` pattern are stored whole for each task; tied tensors count once. Of a sharded tensor
+(:mod:`condu_ext.sharding`) what comes out of here is the part that this process holds.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from condu_ext.layout import ModelSpec, TensorSpec, memory_order
+from condu_ext.sharding import is_sharded, local_part, mesh_of, refuse_foreign_shards, shard_of
+from condu_ext.ties import find_aliases, same_memory
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Model = Mapping[str, Tensor]
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Subclasses that are plain memory; any other may be quantised or sharded.
+# Subclasses that are plain memory; any other than these and DTensor may be quantised.
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -43,18 +50,36 @@ def check_tensor(who: str, name: str, tensor: object) -> Tensor:
     """The tensor, if it is one that can be fused, compared or stored.
 
     Raises:
-        TypeError: not a plain, dense, real tensor in memory; the message names it.
+        TypeError: not a dense, real tensor in memory, plain or a DTensor; the message names it.
     """
     where = f"{who}, tensor {name!r}"
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{where}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if type(tensor) not in _PLAIN_TYPES:
-        raise TypeError(f"{where}: tensors of type {type(tensor).__name__} cannot be fused")
-    if tensor.is_quantized or tensor.layout != torch.strided:
+    refuse_foreign_shards(where, name, tensor)
+    local = local_part(tensor)
+    if type(local) not in _PLAIN_TYPES:
+        raise TypeError(f"{where}: tensors of type {type(local).__name__} cannot be fused")
+    if local.is_quantized or local.layout != torch.strided:
         raise TypeError(f"{where}: quantised and sparse tensors cannot be fused")
-    if tensor.device.type == "meta":
+    if local.device.type == "meta":
         raise TypeError(f"{where}: is on the meta device and has no values")
     return tensor
+
+
+def check_mesh(who: str, model: Model, mesh: DeviceMesh | None, other: str) -> None:
+    """Sharded tensors, private and integer ones too, are all on ``mesh``, where ``other`` is.
+
+    Raises:
+        ValueError: naming the first that is elsewhere.
+        TypeError: a placement that cannot be fused, see :func:`condu_ext.sharding.shard_of`.
+    """
+    for name, tensor in model.items():
+        where = f"{who}, tensor {name!r}"
+        if (shard := shard_of(where, tensor)) and shard.mesh != mesh:
+            raise ValueError(
+                f"{where}: is sharded over {shard.mesh}, but {other} is "
+                f"{f'over {mesh}' if mesh is not None else 'not sharded'}"
+            )
 
 
 def fixed_names(who: str, model: Model) -> frozenset[str]:
@@ -86,85 +111,13 @@ def _is_number_array(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First byte and end of the memory between a tensor's lowest and highest element."""
-    steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return start, start + (steps + 1) * tensor.element_size()
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.data_ptr() == b.data_ptr()
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.dtype == b.dtype
-    )
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.permute(memory_order(tensor)).is_contiguous()
-
-
-def share_elements(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have memory in common. Exact for views of one dtype: columns of one
-    matrix may interleave without sharing an element."""
-    if a.device != b.device or not a.numel() or not b.numel():
-        return False
-    (start_a, end_a), (start_b, end_b) = _span(a), _span(b)
-    if end_a <= start_b or end_b <= start_a:
-        return False
-    size = a.element_size()
-    aligned = (start_a - start_b) % size == 0 and b.element_size() == size
-    if (_is_dense(a) and _is_dense(b)) or not aligned:
-        return True
-    first = min(start_a, start_b)
-    seen = torch.zeros((max(end_a, end_b) - first) // size, dtype=torch.bool, device="cpu")
-    seen.as_strided(a.shape, a.stride(), (start_a - first) // size).fill_(True)
-    return bool(seen.as_strided(b.shape, b.stride(), (start_b - first) // size).any())
-
-
-def find_shared(tensors: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
-    """The first two names, in memory order, whose tensors have elements in common."""
-    sorted_by_start = sorted(tensors, key=lambda item: item[1].data_ptr())
-    open_spans: list[tuple[int, str, Tensor]] = []
-    for name, tensor in sorted_by_start:
-        start, end = _span(tensor)
-        open_spans = [span for span in open_spans if span[0] > start]
-        for _, other, earlier in open_spans:
-            if share_elements(earlier, tensor):
-                return other, name
-        open_spans.append((end, name, tensor))
-    return None
-
-
-def find_aliases(who: str, tensors: Model) -> dict[str, str]:
-    """Tied tensors: later name → first name of the same memory, shape, stride, dtype and sign.
-
-    Raises:
-        ValueError: two tensors share only a part of their memory; the message names both.
-    """
-    aliases: dict[str, str] = {}
-    first: dict[tuple[object, ...], str] = {}
-    for name, tensor in tensors.items():
-        if tensor.numel():
-            where = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-            key = (*where, tensor.dtype, tensor.is_neg())
-            if first.setdefault(key, name) != name:
-                aliases[name] = first[key]
-    if shared := find_shared([(name, tensors[name]) for name in first.values()]):
-        raise ValueError(
-            f"{who}: tensors {shared[0]!r} and {shared[1]!r} share a part of their memory"
-        )
-    return aliases
-
-
 def describe(who: str, model: Model, private: Iterable[str]) -> ModelSpec:
     """What a state will know of a model: its fused tensors, ties, fixed and private names.
 
     Raises:
-        TypeError: no mapping, an entry that is no plain tensor, or a dtype that cannot be fused.
-        ValueError: no tensor to fuse, or tensors that overlap.
+        TypeError: no mapping, an entry that is no tensor in memory, or a dtype or placement that
+            cannot be fused.
+        ValueError: no tensor to fuse, tensors that overlap, or two device meshes.
     """
     if isinstance(private, str):
         raise TypeError(f"private: expected a tuple of patterns, got the string {private!r}")
@@ -182,14 +135,21 @@ def describe(who: str, model: Model, private: Iterable[str]) -> ModelSpec:
         fused[name] = tensor
     if not fused:
         raise ValueError(f"{who}: there is no floating-point tensor to fuse")
-    aliases = find_aliases(who, fused)
+    first = next((name for name, tensor in model.items() if is_sharded(tensor)), None)
+    mesh = mesh_of(model)
+    check_mesh(who, model, mesh, f"{first!r}")
+    aliases = find_aliases(who, {name: local_part(tensor) for name, tensor in fused.items()})
     specs = tuple(
-        TensorSpec(name, tuple(tensor.shape), memory_order(tensor))
-        for name, tensor in fused.items()
-        if name not in aliases
+        _describe_tensor(who, name, tensor) for name, tensor in fused.items() if name not in aliases
     )
     private_names = frozenset(name for name in model if is_private(name, private))
-    return ModelSpec(specs, aliases, frozenset(fixed), private, private_names)
+    return ModelSpec(specs, aliases, frozenset(fixed), private, private_names, mesh)
+
+
+def _describe_tensor(who: str, name: str, tensor: Tensor) -> TensorSpec:
+    shard = shard_of(f"{who}, tensor {name!r}", tensor)
+    order = tuple(range(tensor.dim())) if shard else memory_order(tensor)
+    return TensorSpec(name, tuple(tensor.shape), order, shard=shard)
 
 
 def check_private(spec: ModelSpec, who: str, model: Model, missing: str) -> None:
@@ -206,12 +166,13 @@ def check_private(spec: ModelSpec, who: str, model: Model, missing: str) -> None
 def resolve(
     spec: ModelSpec, who: str, model: Model, missing: str, *, base: str = "the base"
 ) -> list[Tensor | None]:
-    """The tensors of ``model`` in the order of ``spec.tensors``; None where one may be missing.
+    """The local parts of ``model`` in the order of ``spec.tensors``; None where one may be missing.
     ``base`` is what errors call the model that the spec describes.
 
     Raises:
         KeyError: a tensor is missing (under all its names), and ``missing`` is ``"error"``.
-        ValueError: an extra tensor, another shape, or tied names with different values.
+        ValueError: an extra tensor, another shape, mesh or placement, or tied names with different
+            values.
         TypeError: as :func:`check_mapping` and :func:`check_tensor`.
     """
     check_mapping(who, model)
@@ -222,6 +183,7 @@ def resolve(
         tensor = check_tensor(who, name, value)
         if name not in known and not is_private(name, spec.private):
             raise ValueError(f"{who}: tensor {name!r} {tuple(tensor.shape)} is not in {base}")
+    check_mesh(who, model, spec.mesh, base)
     result: list[Tensor | None] = []
     for entry in spec.tensors:
         given = [model[name] for name in spec.names_of(entry.name) if name in model]
@@ -230,7 +192,7 @@ def resolve(
                 raise KeyError(f"{who}: tensor {entry.name!r} is missing")
             result.append(None)
             continue
-        tensor = given[0]
+        parts = []
         for other in given:
             if tuple(other.shape) != entry.shape:
                 raise ValueError(
@@ -238,17 +200,26 @@ def resolve(
                     f"expected {entry.shape}"
                 )
             check_fusable(who, entry.name, other)
-            if not _same_memory(tensor, other) and not torch.equal(tensor, other):
+            where = f"{who}, tensor {entry.name!r}"
+            if (shard := shard_of(where, other)) != entry.shard:
+                raise ValueError(
+                    f"{where}: placed as {shard or 'a plain tensor'}, but in {base} as "
+                    f"{entry.shard or 'a plain tensor'}; redistribute one of them"
+                )
+            part = local_part(other)
+            parts.append(part)
+            if not same_memory(parts[0], part) and not torch.equal(parts[0], part):
                 raise ValueError(
                     f"{who}: {' and '.join(map(repr, spec.names_of(entry.name)))} are tied in "
                     f"{base} but differ here"
                 )
-        result.append(tensor.detach())
+        result.append(parts[0].detach())
     return result
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.to(b.device), b)
+    mine, other = local_part(a), local_part(b)
+    return a.dtype == b.dtype and torch.equal(mine.to(other.device), other)
 
 
 def check_fixed(spec: ModelSpec, who: str, model: Model, base: Model | None) -> None:
@@ -262,7 +233,7 @@ def check_fixed(spec: ModelSpec, who: str, model: Model, base: Model | None) -> 
             continue
         value = model[name]
         if base is None:
-            if value.any():
+            if local_part(value).any():
                 raise ValueError(f"{who}: integer tensor {name!r} of a delta is not zero")
         elif name in base and not _equal(value, base[name]):
             raise ValueError(
@@ -272,7 +243,7 @@ def check_fixed(spec: ModelSpec, who: str, model: Model, base: Model | None) -> 
 
 
 def private_tensors(spec: ModelSpec, model: Model) -> dict[str, Tensor]:
-    """Copies of a model's private tensors."""
+    """Copies of a model's private tensors; of sharded ones, copies sharded alike."""
     return {
         name: tensor.detach().clone()
         for name, tensor in model.items()

@@ -14,10 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from condu_ext.sharding import ShardSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 ALIGN = 512
 CHUNK = 65536
@@ -48,32 +54,49 @@ def memory_order(tensor: Tensor) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One fused tensor: its name, shape and memory order.
+    """One fused tensor: its name, shape, memory order, and which part of it is here.
 
     ``via`` is the 16-bit dtype through which θ_0 is rounded before use (``match_dtype``), or None.
+    ``shard`` is None for a plain tensor. Arenas and kernels have to do with the local part alone;
+    the memory order is its order, the identity for every sharded tensor.
     """
 
     name: str
     shape: tuple[int, ...]
     order: tuple[int, ...]
     via: torch.dtype | None = None
+    shard: ShardSpec | None = None
 
     @property
     def numel(self) -> int:
+        """Elements of the whole tensor."""
         return math.prod(self.shape)
 
-    def flatten(self, tensor: Tensor) -> Tensor:
-        """The elements in memory order, as a view if the tensor is dense in it, else a copy."""
-        return tensor.detach().permute(self.order).contiguous().view(-1)
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return self.shard.shape if self.shard else self.shape
 
-    def is_view(self, tensor: Tensor) -> bool:
+    @property
+    def local_numel(self) -> int:
+        return math.prod(self.local_shape)
+
+    def flatten(self, local: Tensor) -> Tensor:
+        """The elements of the local part in memory order, as a view if it is dense in it, else a
+        copy."""
+        return local.detach().permute(self.order).contiguous().view(-1)
+
+    def is_view(self, local: Tensor) -> bool:
         """Whether :meth:`flatten` shares the tensor's memory."""
-        return tensor.permute(self.order).is_contiguous()
+        return local.permute(self.order).is_contiguous()
 
     def unflatten(self, flat: Tensor) -> Tensor:
-        """The tensor of this shape whose elements in memory order are ``flat`` (a view)."""
+        """The local part whose elements in memory order are ``flat`` (a view)."""
         inverse = [self.order.index(dim) for dim in range(len(self.order))]
-        return flat.view([self.shape[dim] for dim in self.order]).permute(inverse)
+        return flat.view([self.local_shape[dim] for dim in self.order]).permute(inverse)
+
+    def wrap(self, local: Tensor) -> Tensor:
+        """The tensor of which ``local`` is the part here: a DTensor if it is sharded."""
+        return self.shard.wrap(local, self.shape) if self.shard else local
 
 
 @dataclass(frozen=True)
@@ -86,6 +109,7 @@ class ModelSpec:
         fixed: names of integer and bool entries, which must equal the base model's.
         private: patterns (fnmatch) of tensors that are stored whole for each task.
         private_names: the base model's tensors that match; every task must bring them.
+        mesh: the device mesh of its sharded tensors, None if all are plain.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -93,10 +117,42 @@ class ModelSpec:
     fixed: frozenset[str]
     private: tuple[str, ...]
     private_names: frozenset[str]
+    mesh: DeviceMesh | None = None
 
     def names_of(self, name: str) -> list[str]:
         """A fused tensor's own name and its aliases."""
         return [name, *(alias for alias, target in self.aliases.items() if target == name)]
+
+    def with_ties(self, found: Iterable[Mapping[str, str]]) -> ModelSpec:
+        """The spec with the ties that any process ``found``: a part without elements has no memory
+        by which its process could tell.
+
+        Raises:
+            ValueError: tensors with elements here that are tied elsewhere only.
+        """
+        aliases = {alias: target for ties in found for alias, target in ties.items()}
+        for entry in self.tensors:
+            if entry.name in aliases and entry.local_numel:
+                raise ValueError(
+                    f"tensors {aliases[entry.name]!r} and {entry.name!r} are tied in another "
+                    "process, but not here"
+                )
+        rest = tuple(entry for entry in self.tensors if entry.name not in aliases)
+        return replace(self, tensors=rest, aliases=aliases)
+
+    def claims(self) -> dict[str, object]:
+        """What all processes that share the model must agree on, by what an error calls it."""
+        tensors = {
+            f"tensor {t.name!r} (position, shape, memory order, rounding, placements)": (
+                (position, t.shape, t.order, t.via, t.shard and t.shard.placements)
+            )
+            for position, t in enumerate(self.tensors)
+        }
+        return tensors | {
+            "the tied tensors": dict(self.aliases),
+            "the integer tensors": sorted(self.fixed),
+            "the private tensors": (self.private, sorted(self.private_names)),
+        }
 
 
 @dataclass
@@ -105,9 +161,10 @@ class Arena:
 
     Attributes:
         index: positions in ``ModelSpec.tensors`` of the tensors held here.
+        numels: elements of each one's local part.
         u: unified delta, [size], fp32 or bf16.
         planes: per task a packed mask, uint8 [size / 8].
-        num, den: Σ|d| and Σ M·|u| per task and tensor, float64 [tasks, tensors], on the CPU.
+        num, den: Σ|d| and Σ M·|u| per task and whole tensor, float64 [tasks, tensors], on the CPU.
         rescaler: λ per task and tensor, float32 [tasks, tensors], on the arena's device.
     """
 

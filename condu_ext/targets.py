@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from condu_ext.inputs import Model, check_devices, find_shared
+from condu_ext.inputs import Model, check_devices
 from condu_ext.layout import ModelSpec, TensorSpec
+from condu_ext.sharding import local_part, shard_of
+from condu_ext.ties import find_shared
 
 
 def check_targets(
@@ -24,9 +26,9 @@ def check_targets(
 
     Args:
         who: what errors call ``out``.
-        targets: the tensors of ``out``, in the order of the spec.
+        targets: the local parts of the tensors of ``out``, in the order of the spec.
         kept: what must survive, by what errors call it.
-        others: further tensors of ``out`` that are written.
+        others: further local parts of tensors of ``out`` that are written.
 
     Raises:
         RuntimeError: a leaf that requires grad, outside ``torch.no_grad()``.
@@ -49,7 +51,7 @@ def check_targets(
             raise ValueError(f"{who}, tensor {name!r}: is a negated view; use a copy")
     for entry in spec.tensors:
         for name in spec.names_of(entry.name):
-            if name in out and out[name].data_ptr() != written[entry.name].data_ptr():
+            if name in out and local_part(out[name]).data_ptr() != written[entry.name].data_ptr():
                 raise ValueError(f"{who}: {entry.name!r} is tied in the state, but not here")
     named = [(f"{who}, tensor {name!r}", tensor) for name, tensor in written.items()]
     if shared := find_shared(
@@ -76,7 +78,8 @@ def check_writable(
 
     Raises:
         KeyError: a private tensor of the task has no place in ``out``.
-        ValueError: a private tensor's place has another shape or dtype; a target is elsewhere.
+        ValueError: a private tensor's place has another shape, dtype or placement; a target is
+            elsewhere.
     """
     check_targets(
         spec,
@@ -84,7 +87,7 @@ def check_writable(
         out,
         targets,
         {"pretrained": base, "the state": arenas},
-        {name: out[name] for name in private if name in out},
+        {name: local_part(out[name]) for name in private if name in out},
     )
     check_devices(spec, "out", list(targets), list(devices))
     for name, tensor in private.items():
@@ -94,6 +97,11 @@ def check_writable(
             raise ValueError(
                 f"out, private tensor {name!r}: {out[name].dtype} {tuple(out[name].shape)}, "
                 f"expected {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        place = shard_of(f"out, private tensor {name!r}", out[name])
+        if place != (own := shard_of(f"private tensor {name!r}", tensor)):
+            raise ValueError(
+                f"out, private tensor {name!r}: placed as {place}, but the task's as {own}"
             )
 
 

@@ -14,7 +14,7 @@ from condu_ext.reference import pack_bits, unpack_bits
 def _new_arena(
     spec: ModelSpec, index: Sequence[int], tasks: int, dtype: torch.dtype, device: torch.device
 ) -> Arena:
-    arena = empty_arena(index, [spec.tensors[k].numel for k in index], dtype, device)
+    arena = empty_arena(index, [spec.tensors[k].local_numel for k in index], dtype, device)
     arena.planes = [
         torch.zeros(arena.u.numel() // 8, dtype=torch.uint8, device=device) for _ in range(tasks)
     ]
@@ -29,7 +29,7 @@ def _copy_tensor(
     old: Arena, source: int, old_entry: TensorSpec, new: Arena, target: int, new_entry: TensorSpec
 ) -> None:
     """Tensor number ``source`` of an arena becomes number ``target`` of another."""
-    numel, same = new_entry.numel, old_entry.order == new_entry.order
+    numel, same = new_entry.local_numel, old_entry.order == new_entry.order
     start, first = old.starts[source], new.starts[target]
     values = old.u[start : start + numel]
     if not same:

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from condu_ext import reference
 from condu_ext._modes import without_autograd
-from condu_ext.fingerprint import fingerprint
-from condu_ext.inputs import Model, describe, resolve
+from condu_ext.collective import Step
+from condu_ext.fingerprint import model_fingerprints
+from condu_ext.inputs import Model, describe
 from condu_ext.layout import Arena, ModelSpec, TensorSpec, empty_arena, group_by_device
 from condu_ext.rule import FusionRule
+from condu_ext.sharding import local_part, mesh_of
 from condu_ext.transfer import rearranged
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -41,6 +43,19 @@ def check_state_dtype(dtype: torch.dtype) -> None:
             f"state dtype {dtype}: use torch.float32 or torch.bfloat16 "
             "(small deltas underflow in float16)"
         )
+
+
+def shaped_mask(entry: TensorSpec, bits: Tensor) -> Tensor:
+    """bool, in the tensor's shape and sharded as it is, from bits in memory order."""
+    return entry.wrap(entry.unflatten(reference.unpack_bits(bits, entry.local_numel)))
+
+
+def logical_bits(entry: TensorSpec, bits: Tensor) -> Tensor:
+    """A copy of a whole tensor's mask bits, in logical (row-major) order, from memory order."""
+    if entry.order == tuple(range(len(entry.order))):
+        return bits.clone()
+    mask = entry.unflatten(reference.unpack_bits(bits, entry.numel))
+    return reference.pack_bits(mask.reshape(-1))
 
 
 class UnifiedDelta:
@@ -99,14 +114,25 @@ class UnifiedDelta:
             TypeError, ValueError: see :func:`condu_ext.inputs.describe`; a state dtype other than
                 float32 and bfloat16.
         """
-        check_state_dtype(dtype)
-        spec = describe("pretrained", pretrained, private)
-        groups = group_by_device([pretrained[entry.name].device for entry in spec.tensors])
+        mesh, rule = mesh_of(pretrained), rule or FusionRule()
+        with Step(mesh) as step:
+            check_state_dtype(dtype)
+            spec = describe("pretrained", pretrained, private)
+            step.mine = spec.aliases
+        with Step(mesh) as agreed:
+            spec = spec.with_ties(step.all)
+            devices = [local_part(pretrained[entry.name]).device for entry in spec.tensors]
+            groups = group_by_device(devices)
+            agreed.claims |= spec.claims() | {
+                "the rule": rule,
+                "the state's dtype": dtype,
+                "which tensors share a device": list(groups.values()),
+            }
         arenas = [
-            empty_arena(index, [spec.tensors[k].numel for k in index], dtype, device)
+            empty_arena(index, [spec.tensors[k].local_numel for k in index], dtype, device)
             for device, index in groups.items()
         ]
-        return cls(spec, arenas, rule=rule or FusionRule(), dtype=dtype)
+        return cls(spec, arenas, rule=rule, dtype=dtype)
 
     # ---- what a user reads ---------------------------------------------------------------------
 
@@ -118,29 +144,40 @@ class UnifiedDelta:
     @property
     def delta(self) -> dict[str, Tensor]:
         """The unified delta by tensor name, tied names included: views of the state's memory."""
-        return self._by_name(lambda arena, entry, part, k: entry.unflatten(arena.u[part]))
+        return self._by_name(
+            lambda arena, entry, part, k: entry.wrap(entry.unflatten(arena.u[part]))
+        )
 
     def mask(self, task: str) -> dict[str, Tensor]:
-        """A task's mask by tensor name, bool, in the tensor's shape."""
+        """A task's mask by tensor name, bool, in the tensor's shape; sharded as the tensor is."""
 
-        def unpacked(arena: Arena, entry: TensorSpec, part: slice, k: int) -> Tensor:
-            plane = arena.planes[self.position(task)][part.start // 8 : (part.stop + 7) // 8]
-            return entry.unflatten(reference.unpack_bits(plane, entry.numel))
-
-        return self._by_name(unpacked)
+        return self._by_name(
+            lambda arena, entry, part, k: shaped_mask(entry, self._bits(arena, part, task))
+        )
 
     def packed_mask(self, task: str) -> dict[str, Tensor]:
         """A task's mask by tensor name, uint8 [ceil(numel / 8)], as ``numpy.packbits`` with
-        ``bitorder="little"`` of the flattened mask; bits past the end are 0."""
+        ``bitorder="little"`` of the flattened mask; bits past the end are 0.
 
-        def packed(arena: Arena, entry: TensorSpec, part: slice, k: int) -> Tensor:
-            plane = arena.planes[self.position(task)][part.start // 8 : (part.stop + 7) // 8]
-            if entry.order == tuple(range(len(entry.order))):
-                return plane.clone()
-            mask = entry.unflatten(reference.unpack_bits(plane, entry.numel))
-            return reference.pack_bits(mask.reshape(-1))
+        Raises:
+            TypeError: a sharded tensor, whose part need not end with a byte of the whole mask.
+        """
+        for entry in self.spec.tensors:
+            if entry.shard is not None:
+                raise TypeError(
+                    f"packed_mask, tensor {entry.name!r}: is sharded ({entry.shard}), and its part "
+                    "need not fill bytes; use mask()"
+                )
+        return self._by_name(
+            lambda arena, entry, part, k: logical_bits(entry, self._bits(arena, part, task))
+        )
 
-        return self._by_name(packed)
+    def mask_bits(self, task: str) -> dict[str, Tensor]:
+        """Of each fused tensor's local part the packed mask in memory order: views."""
+        return self._by_name(lambda arena, entry, part, k: self._bits(arena, part, task))
+
+    def _bits(self, arena: Arena, part: slice, task: str) -> Tensor:
+        return arena.planes[self.position(task)][part.start // 8 : (part.stop + 7) // 8]
 
     def rescaler(self, task: str) -> float | dict[str, float]:
         """λ of a task; with ``rescale="per_tensor"`` λ by tensor name. Synchronises a GPU."""
@@ -158,17 +195,20 @@ class UnifiedDelta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state: unified delta, masks, sums, private tensors."""
-        private = [t for tensors in self._private.values() for t in tensors.values()]
+        """Bytes of the state, of a sharded one those of this process: unified delta, masks, sums,
+        private tensors."""
+        private = [local_part(t) for tensors in self._private.values() for t in tensors.values()]
         return sum(a.nbytes for a in self.arenas) + sum(
             t.numel() * t.element_size() for t in private
         )
 
     def __repr__(self) -> str:
         numel = sum(entry.numel for entry in self.spec.tensors)
+        mesh = self.spec.mesh
+        spread = "" if mesh is None else f" here, over {mesh.size()} processes"
         return (
             f"UnifiedDelta({len(self._tasks)} tasks, {len(self.spec.tensors)} tensors, "
-            f"{numel:,} parameters, {self.dtype}, {self.nbytes / 2**20:.1f} MiB)"
+            f"{numel:,} parameters, {self.dtype}, {self.nbytes / 2**20:.1f} MiB{spread})"
         )
 
     # ---- what a user changes -------------------------------------------------------------------
@@ -198,34 +238,29 @@ class UnifiedDelta:
             self._private[name] = self._private.pop(task)
 
     def record_base(self, pretrained: Model, name: str | None = None) -> None:
-        """Remember a fingerprint of every fused tensor of θ_0, to recognise it later.
+        """Remember a fingerprint of every fused tensor of θ_0, to recognise it later. Collective
+        for a sharded state.
 
         Raises:
             KeyError, ValueError, TypeError: names or shapes are not those of the state.
         """
-        tensors = resolve(self.spec, "pretrained", pretrained, "error")
         with self.lock:
-            self.base_fingerprints = {
-                entry.name: fingerprint(tensor)
-                for entry, tensor in zip(self.spec.tensors, tensors, strict=True)
-                if tensor is not None
-            }
+            self.base_fingerprints = model_fingerprints(self.spec, pretrained)
             self.base_name = name
 
     def verify_base(self, pretrained: Model) -> None:
-        """Check that this is the base model that was recorded.
+        """Check that this is the base model that was recorded. Collective for a sharded state.
 
         Raises:
             ValueError: nothing was recorded, or the first tensor that differs.
         """
         if not self.base_fingerprints:
             raise ValueError("the state has no fingerprint of its base model: call record_base")
-        tensors = resolve(self.spec, "pretrained", pretrained, "error")
-        for entry, tensor in zip(self.spec.tensors, tensors, strict=True):
-            if tensor is not None and fingerprint(tensor) != self.base_fingerprints[entry.name]:
+        for tensor, digits in model_fingerprints(self.spec, pretrained).items():
+            if digits != self.base_fingerprints[tensor]:
                 named = f" ({self.base_name})" if self.base_name else ""
                 raise ValueError(
-                    f"pretrained, tensor {entry.name!r}: differs from the base model{named} that "
+                    f"pretrained, tensor {tensor!r}: differs from the base model{named} that "
                     "the state was made over"
                 )
 
@@ -244,17 +279,19 @@ class UnifiedDelta:
             return self.successor(arenas, tasks=self._tasks, private=private)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state as a unified checkpoint; see :func:`condu_ext.storage.save`."""
+        """Write the state as a unified checkpoint; see :func:`condu_ext.storage.save`. Collective
+        for a sharded state."""
         from condu_ext import storage
 
         storage.save(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> UnifiedDelta:
-        """Read a unified checkpoint; see :func:`condu_ext.storage.load`."""
-        from condu_ext import storage
+    def load(cls, path: str | os.PathLike[str], *, like: Model | None = None) -> UnifiedDelta:
+        """Read a unified checkpoint, placed as the tensors of ``like`` are; see
+        :func:`condu_ext.loading.load`."""
+        from condu_ext import loading
 
-        return storage.load(path)
+        return loading.load(path, like=like)
 
     # ---- what the package uses -----------------------------------------------------------------
 
@@ -315,6 +352,13 @@ class UnifiedDelta:
         found = {k: arena.device for arena in self.arenas for k in arena.index}
         return [found[k] for k in range(len(self.spec.tensors))]
 
+    def alive(self) -> list[bool]:
+        """Which tasks still have a rescaler above 0."""
+        return [
+            any(bool((arena.rescaler[t] > 0).any()) for arena in self.arenas)
+            for t in range(len(self._tasks))
+        ]
+
     def _by_name(self, value: Callable[[Arena, TensorSpec, slice, int], Value]) -> dict[str, Value]:
         """value(arena, spec, slice in the arena, position in the arena) for every name."""
         with self.lock:
@@ -323,6 +367,8 @@ class UnifiedDelta:
             for arena in self.arenas:
                 for k, (position, start) in enumerate(zip(arena.index, arena.starts, strict=True)):
                     entry = self.spec.tensors[position]
-                    found[position] = value(arena, entry, slice(start, start + entry.numel), k)
+                    found[position] = value(
+                        arena, entry, slice(start, start + entry.local_numel), k
+                    )
             named = {entry.name: found[k] for k, entry in enumerate(self.spec.tensors)}
             return named | {a: named[target] for a, target in self.spec.aliases.items()}

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import condu_ext as cx
+from condu.sharded import placed_like, show_shards
 from condu_ext import FusionRule, UnifiedDelta
+from condu_ext.sharding import is_sharded, local_part
 
 _DEFAULT_RULE = FusionRule()
 
@@ -49,6 +51,10 @@ class ConDU:
     ``load_state_dict`` between calls; θ_0 and the state follow it to its device. With
     ``offload="cpu"`` both stay in host memory, all fusing is done there, and the GPU holds the live
     weights only.
+
+    A module that FSDP2's ``fully_shard`` spread over processes is one whose ``ConDU`` is made after
+    that, in every process, and every process makes the same calls: each keeps its parts of θ_0 and
+    of the state. An error in one is raised in all.
 
     ``state`` is the ``condu_ext.UnifiedDelta``; its ``drop`` and ``rename`` may be used at any
     time.
@@ -246,8 +252,8 @@ class ConDU:
         KeyError when the model lacks one of them, ValueError naming the first tensor that is not
         the one it was saved with.
         """
-        state = UnifiedDelta.load(path)
         named = _named_tensors(model)
+        state = UnifiedDelta.load(path, like=placed_like(named))
         # a state without tasks knows its private tensors by pattern only
         names = {n for n in _changeable(named) if _matches(n, state.spec.private)}.union(
             state.delta, *(state.private(task) for task in state.tasks)
@@ -308,7 +314,8 @@ class ConDU:
 
     def _differs(self, live: Mapping[str, Tensor], name: str) -> bool:
         base = self._base[name]
-        return not torch.equal(live[name].detach().to(base.device, base.dtype), base)
+        part = local_part(live[name]).to(base.device, base.dtype)
+        return not torch.equal(part, local_part(base))
 
     def _refuse_active_expert(self, task: str) -> None:
         if self._active is not None:
@@ -332,6 +339,7 @@ def canonical_name(name: str) -> str:
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by canonical name, tied ones under each of their names."""
+    show_shards(model)
     saved = model.state_dict().keys()
     tensors: dict[str, Tensor] = {}
     for name, tensor in (
@@ -369,7 +377,9 @@ def _copy(tensors: Mapping[str, Tensor], device: torch.device | None = None) -> 
     copies: dict[tuple[object, ...], Tensor] = {}
     result = {}
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        # a shard may be empty, and all processes must find the same ties: the object itself tells
+        place = id(tensor) if is_sharded(tensor) else tensor.data_ptr()
+        key = (place, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if key not in copies:
             copies[key] = tensor.detach().to(device or tensor.device, copy=True)
         result[name] = copies[key]

@@ -1,0 +1,107 @@
+"""Steps that all processes of a device mesh take together, so that none goes on alone.
+
+What one process finds wrong, all must hear before any of them changes something or waits for the
+others: every step ends with one exchange of what each process has to say.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+import xxhash
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Self
+
+
+class Step:
+    """A block that every process of ``mesh`` enters; without a mesh, a block like any other.
+
+        with Step(mesh) as step:
+            step.mine = …           # what the others shall get; picklable
+            step.claims["rule"] = … # what must be equal on all of them, compared by repr
+        step.all                    # everybody's, in the order of the mesh
+
+    Leaving the block raises on every process what was raised in it on any, the first in the order
+    of the mesh: the error itself where it happened, elsewhere one of its kind that names the rank.
+    Interrupts such as KeyboardInterrupt do not wait for the others.
+
+    Raises:
+        RuntimeError: this process is not part of the mesh.
+        ValueError: claims differ; the message names the claim, two ranks and both values.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None) -> None:
+        self._mesh = mesh
+        self.mine: Any = None
+        self.all: list[Any] = []
+        self.claims: dict[str, object] = {}
+
+    def __enter__(self) -> Self:
+        if self._mesh is not None and self._mesh.get_coordinate() is None:
+            raise RuntimeError(f"rank {dist.get_rank()} is not part of {self._mesh}")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._mesh is None:
+            self.all = [self.mine]
+        elif error is None or isinstance(error, Exception):
+            self._finish(self._mesh, error)
+
+    def _finish(self, mesh: DeviceMesh, error: Exception | None) -> None:
+        claims = {name: repr(value) for name, value in self.claims.items()}
+        digest = xxhash.xxh3_64_hexdigest(repr(claims).encode())
+        failure = (type(error), _text(error)) if error else None
+        outcomes = _gather(mesh, (failure, digest, None if error else self.mine))
+        ranks = mesh.mesh.flatten().tolist()
+        for rank, (failed, _, _) in zip(ranks, outcomes, strict=True):
+            if failed == failure and error is not None:
+                return  # this process's own error goes on its way
+            if failed:  # the first one's for all, so that whoever handles errors stays in step
+                raise _of_rank(rank, *failed) from error
+        if any(other != digest for _, other, _ in outcomes):
+            _refuse_differing(ranks, _gather(mesh, claims))
+        self.all = [mine for _, _, mine in outcomes]
+
+
+def _gather(mesh: DeviceMesh, item: object) -> list[Any]:
+    """``item`` of every process, in the order of ``mesh.mesh.flatten()``: along one mesh dimension
+    after the other, for these are the groups that exist."""
+    items = [item]
+    for dim in reversed(range(mesh.ndim)):
+        parts: list[Any] = [None] * mesh.size(dim)
+        dist.all_gather_object(parts, items, group=mesh.get_group(dim))
+        items = [one for part in parts for one in part]
+    return items
+
+
+def _text(error: BaseException) -> str:
+    """The message; of a KeyError without the quotes that str() adds."""
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+
+
+def _of_rank(rank: int, kind: type[Exception], text: str) -> Exception:
+    message = f"rank {rank}: {text}"
+    try:
+        return kind(message)
+    except TypeError:  # an error that is made of more than a message
+        return RuntimeError(f"rank {rank}: {kind.__name__}: {text}")
+
+
+def _refuse_differing(ranks: list[int], claims: list[dict[str, str]]) -> None:
+    for rank, other in zip(ranks, claims, strict=True):
+        for name in claims[0] | other:
+            ours, theirs = claims[0].get(name, "none"), other.get(name, "none")
+            if ours != theirs:
+                raise ValueError(
+                    f"the processes differ in {name}: {ours} on rank {ranks[0]}, "
+                    f"{theirs} on rank {rank}"
+                )

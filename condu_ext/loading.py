@@ -1,0 +1,300 @@
+"""Reading the unified checkpoint (:mod:`condu_ext.storage`): checked first, then trusted.
+
+Every file is measured against ``config.json`` by size and checksum, and every tensor by name, shape
+and dtype, before memory of its size is asked for. A sharded state is read by all processes of its
+mesh: they check different files, and each reads its own part of every tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from condu_ext._modes import without_autograd
+from condu_ext.collective import Step
+from condu_ext.fingerprint import file_fingerprint
+from condu_ext.inputs import Model, check_mapping, check_mesh, check_tensor
+from condu_ext.layout import Arena, ModelSpec, TensorSpec, empty_arena, group_by_device
+from condu_ext.manifest import CONFIG, CheckpointError, Manifest, TaskEntry, read_manifest
+from condu_ext.reference import pack_bits, unpack_bits
+from condu_ext.sharding import (
+    ShardSpec,
+    is_sharded,
+    leads,
+    local_part,
+    mesh_of,
+    place_in,
+    shard_of,
+)
+from condu_ext.unified import UnifiedDelta
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_SAFETENSORS_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
+
+
+@without_autograd
+def load(path: str | os.PathLike[str], *, like: Model | None = None) -> UnifiedDelta:
+    """Read a state, checking sizes and checksums of all its files.
+
+    Args:
+        like: a model by name that shows where the state belongs: each tensor is read onto the
+            device, and as the part of it, that the model's tensor is. Its values and dtypes do not
+            matter, nor do further tensors. Collective if it has sharded tensors. Without it the
+            state is read onto the CPU, whole.
+
+    Raises:
+        FileNotFoundError: no checkpoint there, or one of its files is missing.
+        CheckpointError: an unknown format version, a wrong size or checksum, names, shapes or
+            dtypes that do not fit; the message names the file.
+        KeyError, ValueError, TypeError: ``like`` lacks a tensor, or has one of another shape, or
+            one that cannot be fused.
+    """
+    directory, mesh = Path(path), mesh_of(like)
+    while True:
+        manifest = _read_manifest(directory, mesh)
+        try:
+            return _read_state(directory, manifest, like, mesh)
+        except FileNotFoundError:
+            # A writer may have replaced the state while it was being read: then there is a new one.
+            if _read_manifest(directory, mesh).generation == manifest.generation:
+                raise
+
+
+def _read_manifest(directory: Path, mesh: DeviceMesh | None) -> Manifest:
+    """One process reads it for all, so that all read the same state."""
+    with Step(mesh) as step:
+        if leads(mesh):
+            step.mine = read_manifest(directory)
+    manifest: Manifest = step.all[0]
+    return manifest
+
+
+def _read_state(
+    directory: Path, manifest: Manifest, like: Model | None, mesh: DeviceMesh | None
+) -> UnifiedDelta:
+    with Step(mesh):
+        _check_files(directory, manifest, mesh)
+        spec, devices = _placed(manifest.spec, like)
+        arenas = _read_delta(directory, manifest, spec, devices)
+        for task in manifest.tasks:
+            _read_mask(directory, manifest, spec, arenas, task)
+        _set_sums(arenas, manifest.tasks)
+        private = {
+            task.name: _read_private(directory, manifest, task, like or {})
+            for task in manifest.tasks
+        }
+    state = UnifiedDelta(
+        spec,
+        arenas,
+        tasks=[task.name for task in manifest.tasks],
+        rule=manifest.rule,
+        dtype=manifest.dtype,
+        private=private,
+    )
+    state.base_name = manifest.base_name
+    state.base_fingerprints = manifest.base_fingerprints
+    return state
+
+
+def _check_files(directory: Path, manifest: Manifest, mesh: DeviceMesh | None) -> None:
+    """Sizes of all files, and checksums of those that fall to this process."""
+    turn, turns = place_in(mesh), mesh.size() if mesh is not None else 1
+    for number, (name, expected) in enumerate(manifest.files.items()):
+        file = directory / name
+        size = file.stat().st_size
+        if size != expected["size"]:
+            raise CheckpointError(f"{file}: {size} bytes, expected {expected['size']}")
+        if number % turns == turn and (digest := file_fingerprint(file)) != expected["xxh3"]:
+            raise CheckpointError(f"{file}: checksum {digest}, expected {expected['xxh3']}")
+
+
+def _placed(spec: ModelSpec, like: Model | None) -> tuple[ModelSpec, list[torch.device]]:
+    """The spec with the shards of ``like``, and the device of each tensor."""
+    if like is None:
+        return spec, [torch.device("cpu")] * len(spec.tensors)
+    check_mapping("like", like)
+    entries, devices = [], []
+    for entry in spec.tensors:
+        name = next((name for name in spec.names_of(entry.name) if name in like), None)
+        if name is None:
+            raise KeyError(f"like: tensor {entry.name!r} is missing")
+        tensor = check_tensor("like", name, like[name])
+        if tuple(tensor.shape) != entry.shape:
+            raise ValueError(
+                f"like, tensor {name!r}: shape {tuple(tensor.shape)}, the state's is {entry.shape}"
+            )
+        shard = shard_of(f"like, tensor {name!r}", tensor)
+        order = tuple(range(len(entry.shape))) if shard else entry.order
+        entries.append(replace(entry, shard=shard, order=order))
+        devices.append(local_part(tensor).device)
+    first = next((name for name, tensor in like.items() if is_sharded(tensor)), None)
+    check_mesh("like", like, mesh := mesh_of(like), f"{first!r}")
+    return replace(spec, tensors=tuple(entries), mesh=mesh), devices
+
+
+def _places(spec: ModelSpec, arenas: Sequence[Arena]) -> dict[str, tuple[TensorSpec, Arena, int]]:
+    """By name each fused tensor's spec, its arena, and where in that it starts."""
+    return {
+        spec.tensors[k].name: (spec.tensors[k], arena, start)
+        for arena in arenas
+        for k, start in zip(arena.index, arena.starts, strict=True)
+    }
+
+
+def _read_delta(
+    directory: Path, manifest: Manifest, spec: ModelSpec, devices: Sequence[torch.device]
+) -> list[Arena]:
+    prefix = f"unified-{manifest.generation}"
+    shapes = {entry.name: list(entry.shape) for entry in spec.tensors}
+    with _Tensors(directory, manifest, prefix, shapes, manifest.dtype) as unified:
+        arenas = [
+            empty_arena(index, [spec.tensors[k].local_numel for k in index], manifest.dtype, device)
+            for device, index in group_by_device(devices).items()
+        ]
+        places = _places(spec, arenas)
+        for name, handle in unified:
+            entry, arena, start = places[name]
+            values = entry.flatten(_read_part(handle, name, entry.shard))
+            arena.u[start : start + entry.local_numel] = values
+    return arenas
+
+
+def _read_mask(
+    directory: Path, manifest: Manifest, spec: ModelSpec, arenas: Sequence[Arena], task: TaskEntry
+) -> None:
+    """Append a task's bit plane to every arena."""
+    for arena in arenas:
+        size = arena.u.numel() // 8
+        arena.planes.append(torch.zeros(size, dtype=torch.uint8, device=arena.device))
+    places = _places(spec, arenas)
+    prefix = f"triggers-{manifest.generation}-{task.number}"
+    shapes = {entry.name: [(entry.numel + 7) // 8] for entry in spec.tensors}
+    with _Tensors(directory, manifest, prefix, shapes, torch.uint8) as masks:
+        for name, handle in masks:
+            entry, arena, start = places[name]
+            bits = _read_bits(handle, entry)
+            arena.planes[-1][start // 8 : start // 8 + bits.numel()] = bits
+
+
+def _set_sums(arenas: Sequence[Arena], tasks: Sequence[TaskEntry]) -> None:
+    for arena in arenas:
+        shape = (len(tasks), len(arena.index))
+        for field, dtype, device in (
+            ("num", torch.float64, torch.device("cpu")),
+            ("den", torch.float64, torch.device("cpu")),
+            ("rescaler", torch.float32, arena.device),
+        ):
+            rows = [[getattr(task, field)[k] for k in arena.index] for task in tasks]
+            setattr(arena, field, torch.tensor(rows, dtype=dtype, device=device).view(shape))
+
+
+def _read_part(handle: Any, name: str, shard: ShardSpec | None) -> Tensor:
+    """A tensor, or what of it is here; nothing else of it is read."""
+    part: Tensor = handle.get_slice(name)[shard.slices] if shard else handle.get_tensor(name)
+    return part
+
+
+def _read_bits(handle: Any, entry: TensorSpec) -> Tensor:
+    """A mask's bits in the order of the arena, from those in logical order."""
+    if entry.shard is None:
+        packed: Tensor = handle.get_tensor(entry.name)
+        if entry.order == tuple(range(len(entry.order))):
+            return packed
+        return pack_bits(entry.flatten(unpack_bits(packed, entry.numel).view(entry.shape)))
+    rows, *columns = entry.shard.slices or (slice(0, 1),)
+    width = math.prod(entry.shape[1:])
+    first, end = rows.start * width, rows.stop * width
+    packed = handle.get_slice(entry.name)[first // 8 : (end + 7) // 8]
+    bits = unpack_bits(packed, 8 * packed.numel())[first % 8 :][: end - first]
+    mask = bits.view(-1 if width else rows.stop - rows.start, *entry.shape[1:])
+    return pack_bits(mask[(slice(None), *columns)].reshape(-1))
+
+
+class _Tensors:
+    """The tensors of one kind over all shards; names, shapes and dtypes are checked on entry,
+    before anything of their size is allocated."""
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        prefix: str,
+        shapes: Mapping[str, Sequence[int]],
+        dtype: torch.dtype,
+    ) -> None:
+        total = manifest.shards
+        self.files = [
+            directory / f"{prefix}-{k:05}-of-{total:05}.safetensors" for k in range(1, total + 1)
+        ]
+        for file in self.files:
+            if file.name not in manifest.files:
+                raise CheckpointError(f"{directory / CONFIG}: does not list {file.name}")
+        self.shapes, self.dtype = shapes, dtype
+
+    def __enter__(self) -> _Tensors:
+        self.handles = [_open(file) for file in self.files]
+        seen: set[str] = set()
+        for file, handle in zip(self.files, self.handles, strict=True):
+            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                part = handle.get_slice(name)
+                found = (part.get_shape(), _SAFETENSORS_NAMES.get(part.get_dtype()))
+                if name not in self.shapes or found != (list(self.shapes[name]), self.dtype):
+                    expected = self.shapes.get(name, "no such tensor")
+                    raise CheckpointError(
+                        f"{file}: tensor {name!r} is {part.get_dtype()} {found[0]}, "
+                        f"expected {self.dtype} {expected}"
+                    )
+                seen.add(name)
+        if missing := [name for name in self.shapes if name not in seen]:
+            raise CheckpointError(f"{self.files[0]}: tensor {missing[0]!r} is missing")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handles.clear()
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Every tensor's name and the open file that has it."""
+        for handle in self.handles:
+            for name in handle.keys():  # noqa: SIM118
+                yield name, handle
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: not a valid safetensors file ({error})") from None
+
+
+def _read_private(
+    directory: Path, manifest: Manifest, task: TaskEntry, like: Model
+) -> dict[str, Tensor]:
+    name = f"private-{manifest.generation}-{task.number}-00001-of-00001.safetensors"
+    if name not in manifest.files:
+        return {}
+    handle = _open(directory / name)
+    tensors = {}
+    for key in handle.keys():  # noqa: SIM118
+        shape = tuple(handle.get_slice(key).get_shape())
+        shard, device = None, torch.device("cpu")
+        if key in like:
+            place = check_tensor("like", key, like[key])
+            if tuple(place.shape) != shape:
+                raise ValueError(
+                    f"like, private tensor {key!r}: shape {tuple(place.shape)}, task "
+                    f"{task.name!r} has {shape}"
+                )
+            shard, device = shard_of(f"like, tensor {key!r}", place), local_part(place).device
+        part = _read_part(handle, key, shard).to(device, copy=True)
+        tensors[key] = shard.wrap(part, shape) if shard else part
+    return tensors
