@@ -12,10 +12,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning_pair import TASKS, train_on_two
 from states import assert_same, contents, make_up, snapshot
 from tiny_module import TinyModule, absorbed_by_hand, batches, tiny_trainer
-from two_processes import run_on_two
 
 from condu import ConDU
 from condu.integrations.lightning import ConDUCallback
@@ -203,13 +201,3 @@ def test_processes_that_end_with_fit_are_refused(tmp_path: Path, strategy: str) 
     run = tiny_trainer(tmp_path, callback, strategy=strategy, devices=1)
     with pytest.raises(Exception, match="task 'cars': the training runs in a process of its own"):
         run.fit(module, batches(0))
-
-
-def test_two_processes(tmp_path: Path) -> None:
-    first, second = run_on_two(train_on_two, tmp_path)
-    for rank in first, second:
-        assert_same(rank["callback"], rank["by hand"])
-    # BatchNorm's statistics, and they alone, are each process's own under DistributedDataParallel
-    for task in TASKS:
-        first["callback"][f"private {task}"] = second["callback"][f"private {task}"]
-    assert_same(second["callback"], first["callback"])
