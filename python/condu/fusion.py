@@ -297,6 +297,12 @@ class ConDU:
                     f"tensor {name!r} of the model has shape {list(named[name].shape)},"
                     f" its pretrained weights {list(base.shape)}"
                 )
+            if is_sharded(named[name]) != is_sharded(base):
+                raise ValueError(
+                    f"tensor {name!r} of the model is a {type(named[name].data).__name__}, its"
+                    f" pretrained weights a {type(base).__name__}: make the ConDU after the model"
+                    " is sharded"
+                )
         live = {name: named[name] for name in self._base}
         devices = _devices(live)
         if self._offload is None and len(devices) == 1 and devices != _devices(self._base):
