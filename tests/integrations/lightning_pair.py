@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from states import contents
 from tiny_module import TinyModule, absorbed_by_hand, batches, tiny_trainer
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from condu import ConDU
 from condu.integrations.lightning import ConDUCallback
 
 TASKS = ("cars", "food")
@@ -50,15 +52,17 @@ class KeepWhole(Callback):
 
 
 def train_shards(folder: Path) -> dict[str, Any]:
-    """Two tasks with FSDP2: whole fine-tuned weights and experts, and the state in a folder."""
+    """Two tasks with FSDP2: whole fine-tuned weights and experts, and the state in a folder; before
+    them, what is said to a fusion made of the whole module.
+    """
     module = ShardedModule()
+    too_early = ConDUCallback(TASKS[0], ConDU(module))
+    refusal = _refusal(lambda: sharded_trainer(folder, too_early).fit(module, batches(0)))
     fusion = None
     finetuned = {}
     for seed, task in enumerate(TASKS):
         callback, keep = ConDUCallback(task, fusion), KeepWhole()
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-        run = tiny_trainer(folder, callback, keep, strategy=strategy, devices=2)
-        run.fit(module, batches(seed), batches(100))
+        sharded_trainer(folder, callback, keep).fit(module, batches(seed), batches(100))
         fusion = callback.fusion
         finetuned[task] = keep.weights
         assert fusion.moved() == ()
@@ -67,7 +71,20 @@ def train_shards(folder: Path) -> dict[str, Any]:
     for task in TASKS:
         with fusion.expert(task):
             experts[task] = whole(module)
-    return {"finetuned": finetuned, "experts": experts}
+    return {"refusal": refusal, "finetuned": finetuned, "experts": experts}
+
+
+def sharded_trainer(folder: Path, *callbacks: Callback) -> Trainer:
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    return tiny_trainer(folder, *callbacks, strategy=strategy, devices=2)
+
+
+def _refusal(fit: Callable[[], object]) -> str:
+    try:
+        fit()
+    except ValueError as error:
+        return str(error)
+    return "none"
 
 
 def whole(module: TinyModule) -> dict[str, Tensor]:

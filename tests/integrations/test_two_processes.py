@@ -75,6 +75,7 @@ def test_shards_under_lightning_are_absorbed_as_a_whole_model_is(
     ranks: list[dict[str, Any]], folder: Path
 ) -> None:
     first, second = (rank["shards"] for rank in ranks)
+    assert "is a DTensor, its pretrained weights a Tensor" in first["refusal"]
     module = TinyModule()
     fusion = ConDU(module)
     for task in TASKS:
