@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from states import assert_same, contents, make_up, snapshot
 from tiny_module import TinyModule, absorbed_by_hand, batches, tiny_trainer
 
@@ -172,6 +173,17 @@ def test_fast_dev_run_absorbs_nothing(tmp_path: Path) -> None:
     assert_same(snapshot(module), base)
     tiny_trainer(tmp_path, callback).fit(module, batches(0))
     assert callback.fusion.tasks == ("cars",)
+
+
+def test_a_search_for_the_learning_rate_is_not_absorbed(tmp_path: Path) -> None:
+    module = TinyModule()
+    fusion = ConDU(module)
+    run = tiny_trainer(tmp_path, ConDUCallback("cars", fusion))
+    Tuner(run).lr_find(module, batches(0), num_training=3, update_attr=False)
+    assert fusion.tasks == ()
+    assert fusion.moved() == ()
+    run.fit(module, batches(0))
+    assert fusion.tasks == ("cars",)
 
 
 @pytest.mark.parametrize("case", ["task", "module", "frozen"])
