@@ -354,6 +354,12 @@ class ConDU:
                     f"tensor {name!r} of the model has shape {list(named[name].shape)},"
                     f" its pretrained weights {list(base.shape)}"
                 )
+            if is_sharded(named[name]) != is_sharded(base):
+                raise ValueError(
+                    f"tensor {name!r} of the model is a {type(named[name].data).__name__}, its"
+                    f" pretrained weights a {type(base).__name__}: make the ConDU after the model"
+                    " is sharded"
+                )
         live = {name: named[name] for name in self._base}
         devices = devices_of(live)
         if self._offload is None and len(devices) == 1 and devices != devices_of(self._base):
@@ -372,7 +378,8 @@ class ConDU:
 
     def _differs(self, live: Mapping[str, Tensor], name: str) -> bool:
         base = self._base[name]
-        return not torch.equal(live[name].detach().to(base.device, base.dtype), base)
+        part = local_part(live[name]).to(base.device, base.dtype)
+        return not torch.equal(part, local_part(base))
 
     def _refuse_active_expert(self, task: str) -> None:
         if self._active is not None:

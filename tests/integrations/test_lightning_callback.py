@@ -12,10 +12,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning_pair import TASKS, train_on_two
+from lightning.pytorch.tuner import Tuner
 from states import assert_same, contents, make_up, snapshot
 from tiny_module import TinyModule, absorbed_by_hand, batches, tiny_trainer
-from two_processes import run_on_two
 
 from condu import ConDU
 from condu.integrations.lightning import ConDUCallback
@@ -176,6 +175,17 @@ def test_fast_dev_run_absorbs_nothing(tmp_path: Path) -> None:
     assert callback.fusion.tasks == ("cars",)
 
 
+def test_a_search_for_the_learning_rate_is_not_absorbed(tmp_path: Path) -> None:
+    module = TinyModule()
+    fusion = ConDU(module)
+    run = tiny_trainer(tmp_path, ConDUCallback("cars", fusion))
+    Tuner(run).lr_find(module, batches(0), num_training=3, update_attr=False)
+    assert fusion.tasks == ()
+    assert fusion.moved() == ()
+    run.fit(module, batches(0))
+    assert fusion.tasks == ("cars",)
+
+
 @pytest.mark.parametrize("case", ["task", "module", "frozen"])
 def test_bad_use_is_refused_before_the_first_step(tmp_path: Path, case: str) -> None:
     module = TinyModule()
@@ -203,13 +213,3 @@ def test_processes_that_end_with_fit_are_refused(tmp_path: Path, strategy: str) 
     run = tiny_trainer(tmp_path, callback, strategy=strategy, devices=1)
     with pytest.raises(Exception, match="task 'cars': the training runs in a process of its own"):
         run.fit(module, batches(0))
-
-
-def test_two_processes(tmp_path: Path) -> None:
-    first, second = run_on_two(train_on_two, tmp_path)
-    for rank in first, second:
-        assert_same(rank["callback"], rank["by hand"])
-    # BatchNorm's statistics, and they alone, are each process's own under DistributedDataParallel
-    for task in TASKS:
-        first["callback"][f"private {task}"] = second["callback"][f"private {task}"]
-    assert_same(second["callback"], first["callback"])

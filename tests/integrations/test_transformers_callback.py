@@ -10,11 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from states import assert_same, contents, make_up, snapshot
-from tiny_clip import absorbed_by_hand, tiny_clip, train_on_two, trainer
+from tiny_clip import absorbed_by_hand, tiny_clip, trainer
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from two_processes import run_on_two
 
 from condu import ConDU
 from condu.integrations.transformers import ConDUCallback
@@ -211,10 +210,3 @@ def test_bad_use_is_refused_before_the_first_step(tmp_path: Path, case: str) -> 
         run = trainer(model.requires_grad_(False), tmp_path, 0, ConDUCallback("cars"), first)
     with pytest.raises(error, match=match):
         run.train()
-
-
-def test_two_processes(tmp_path: Path) -> None:
-    first, second = run_on_two(train_on_two, tmp_path)
-    assert first["wrapper"] == "DistributedDataParallel"
-    assert_same(second, first)
-    assert_same(first["callback"], first["by hand"])

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, Trainer, TrainerCallback, TrainingArguments
 
 from condu import ConDU
-from condu.integrations.transformers import ConDUCallback
 
 
 def tiny_clip(seed: int = 0) -> CLIPModel:
@@ -91,19 +90,3 @@ def absorbed_by_hand(
         assert fusion.moved()
         fusion.absorb(task)
     return contents(fusion.state)
-
-
-def train_on_two(folder: Path) -> dict[str, Any]:
-    """Two tasks by a Trainer on each of two processes, absorbed by the callback and by hand."""
-    model = tiny_clip(seed=torch.distributed.get_rank())  # the first process's weights count
-    fusion = None
-    for seed, task in enumerate(("cars", "food")):
-        callback = ConDUCallback(task, fusion)
-        run = trainer(model, folder, seed, callback)
-        run.train()
-        fusion = callback.fusion
-    return {
-        "callback": contents(fusion.state),
-        "by hand": absorbed_by_hand(tiny_clip(), folder, "cars", "food"),
-        "wrapper": type(run.model_wrapped).__name__,
-    }

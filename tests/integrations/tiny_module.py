@@ -18,6 +18,7 @@ class TinyModule(LightningModule):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
+        self.lr = 1e-2
         self.net = nn.Sequential(nn.Linear(6, 33), nn.BatchNorm1d(33), nn.ReLU(), nn.Linear(33, 3))
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
@@ -30,7 +31,7 @@ class TinyModule(LightningModule):
     test_step = validation_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 
 def batches(seed: int) -> DataLoader[Any]:

@@ -84,12 +84,12 @@ class TaskAbsorption:
             self._begun = False
 
     def __getstate__(self) -> object:
-        """RuntimeError: what is pickled here goes to a spawned process."""
+        """RuntimeError: a callback is pickled for a process that is spawned."""
         raise self._process_of_its_own()
 
     def _process_of_its_own(self) -> RuntimeError:
         return RuntimeError(
             f"task {self.task!r}: the training runs in a process of its own, which would take the"
             " absorbed task with it when it ends; start the whole script once for each process"
-            " (torchrun, accelerate launch, strategy='ddp')"
+            " (torchrun, accelerate launch, Lightning's strategy='ddp')"
         )

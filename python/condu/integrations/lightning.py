@@ -34,7 +34,10 @@ class ConDUCallback(TaskAbsorption, Callback):
 
     A ``fit`` that raises or is interrupted is not absorbed; ``fast_dev_run`` is not either, and
     returns the module to θ_0. To resume from ``ckpt_path``, give a ``fusion`` that was made of the
-    pretrained module. All processes absorb; let one call ``fusion.save_pretrained``.
+    pretrained module.
+
+    All processes absorb; one calls ``fusion.save_pretrained``, all if the module is sharded
+    (FSDP2, ``ModelParallelStrategy``). BatchNorm's statistics are each process's own.
 
     Raises, before the first step: what ``TaskAbsorption.begin`` raises; so for
     ``strategy="ddp_spawn"``, whose processes take the result with them.

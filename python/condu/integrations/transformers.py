@@ -37,8 +37,8 @@ class ConDUCallback(TaskAbsorption, TrainerCallback):
 
     With ``load_best_model_at_end`` the best model is absorbed. A training that raises is not, nor
     is one that ``enable_jit_checkpoint`` may have cut short (a warning says so). To resume from a
-    checkpoint, give a ``fusion`` that was made of the pretrained model. All processes absorb;
-    let one call ``fusion.save_pretrained``.
+    checkpoint, give a ``fusion`` that was made of the pretrained model. All processes absorb; one
+    calls ``fusion.save_pretrained``.
 
     Raises, before the first step: RuntimeError in a hyperparameter search, and what
     ``TaskAbsorption.begin`` raises.
