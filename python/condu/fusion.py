@@ -19,7 +19,7 @@ from condu.live import changeable, copies, devices_of, is_parameter, matches, wr
 from condu.spaces import FROZEN_WEIGHTS, AdapterSpace, WeightSpace, holds_factors, space_of
 from condu_ext import FusionRule, UnifiedDelta
 from condu_ext.manifest import read_manifest
-from condu_ext.sharding import mesh_of
+from condu_ext.sharding import is_sharded, local_part, mesh_of
 
 _DEFAULT_RULE = FusionRule()
 
