@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from states import contents
-from tiny_module import TinyModule, absorbed_by_hand, batches, tiny_trainer
+from tiny_module import Fail, TinyModule, absorbed_by_hand, batches, tiny_trainer
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -57,7 +58,9 @@ def train_shards(folder: Path) -> dict[str, Any]:
     """
     module = ShardedModule()
     too_early = ConDUCallback(TASKS[0], ConDU(module))
-    refusal = _refusal(lambda: sharded_trainer(folder, too_early).fit(module, batches(0)))
+    refusal = _refusal(
+        lambda: sharded_trainer(folder, too_early).fit(module, batches(0)), ValueError
+    )
     fusion = None
     finetuned = {}
     for seed, task in enumerate(TASKS):
@@ -74,17 +77,35 @@ def train_shards(folder: Path) -> dict[str, Any]:
     return {"refusal": refusal, "finetuned": finetuned, "experts": experts}
 
 
-def sharded_trainer(folder: Path, *callbacks: Callback) -> Trainer:
+def resume_shards(folder: Path) -> dict[bool, dict[str, Tensor]]:
+    """A task that fails in its second epoch and is resumed: whole experts, and undisturbed ones."""
+    saving, failing = ModelCheckpoint(folder, filename="first"), Fail(RuntimeError, step=3)
+    options = {"max_epochs": 2, "enable_checkpointing": True}
+    failed = sharded_trainer(folder, saving, failing, **options)
+    _refusal(lambda: failed.fit(ShardedModule(), batches(0), batches(100)), RuntimeError)
+    experts = {}
+    for resumed in True, False:
+        module, callback = ShardedModule(), ConDUCallback("cars")
+        run = sharded_trainer(folder, callback, max_epochs=2)
+        if resumed:
+            run.ckpt_path = folder / "first.ckpt"
+        run.fit(module, batches(0), batches(100))
+        with callback.fusion.expert("cars"):
+            experts[resumed] = {n: w for n, w in whole(module).items() if "running" not in n}
+    return experts
+
+
+def sharded_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    return tiny_trainer(folder, *callbacks, strategy=strategy, devices=2)
+    return tiny_trainer(folder, *callbacks, strategy=strategy, devices=2, **options)
 
 
-def _refusal(fit: Callable[[], object]) -> str:
+def _refusal(fit: Callable[[], object], kind: type[Exception]) -> str:
     try:
         fit()
-    except ValueError as error:
+    except kind as error:
         return str(error)
-    return "none"
+    raise AssertionError("it trained")
 
 
 def whole(module: TinyModule) -> dict[str, Tensor]:

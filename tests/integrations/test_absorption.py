@@ -33,16 +33,14 @@ def test_a_task_is_absorbed_once_and_only_after_it_began() -> None:
     assert fusion.tasks == ("cars",)
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model)])
-def test_wrappers_of_either_side_are_seen_through(wrap: type[nn.Module]) -> None:
-    for fused, trained in ((0, 1), (1, 0)):
-        model = nn.Linear(2, 2)
-        models = model, wrap(model)
-        absorption = TaskAbsorption("cars", ConDU(models[fused]))
-        absorption.begin(models[trained], resumed=False)
-        train(model)
-        absorption.end()
-        assert set(absorption.fusion.state.delta) == {"weight", "bias"}
+@pytest.mark.parametrize(("fused", "trained"), [(0, 1), (1, 0)])
+def test_wrappers_of_either_side_are_seen_through(fused: int, trained: int) -> None:
+    models = (model := nn.Linear(2, 2)), nn.DataParallel(model)
+    absorption = TaskAbsorption("cars", ConDU(models[fused]))
+    absorption.begin(models[trained], resumed=False)
+    train(model)
+    absorption.end()
+    assert set(absorption.fusion.state.delta) == {"weight", "bias"}
 
 
 def test_a_parameter_unfrozen_on_the_way_is_named_and_nothing_is_lost() -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from states import assert_same, contents, make_up, snapshot
-from tiny_module import TinyModule, absorbed_by_hand, batches, tiny_trainer
+from tiny_module import Fail, TinyModule, absorbed_by_hand, batches, tiny_trainer
 
 from condu import ConDU
 from condu.integrations.lightning import ConDUCallback
@@ -25,15 +25,6 @@ class Keep(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: TinyModule) -> None:
         self.weights = snapshot(pl_module)
-
-
-class Fail(Callback):
-    def __init__(self, error: type[BaseException], step: int = 2) -> None:
-        self.error, self.step = error, step
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            raise self.error("as planned")
 
 
 @contextmanager

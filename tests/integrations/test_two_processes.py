@@ -25,6 +25,7 @@ def train(folder: Path) -> dict[str, Any]:
         "trainer": trainer_pair.train(folder),
         "replicas": lightning_pair.train_replicas(folder),
         "shards": lightning_pair.train_shards(folder),
+        "resumed": lightning_pair.resume_shards(folder),
     }
 
 
@@ -92,3 +93,10 @@ def test_shards_under_lightning_are_absorbed_as_a_whole_model_is(
         # the second process keeps its own BatchNorm statistics
         for name in expected["unified"]:
             assert torch.equal(second["experts"][task][name], first["experts"][task][name])
+
+
+def test_shards_that_are_resumed_start_from_the_pretrained_weights(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for rank in ranks:
+        assert_same(rank["resumed"][True], rank["resumed"][False])

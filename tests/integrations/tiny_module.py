@@ -57,6 +57,17 @@ def tiny_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     )
 
 
+class Fail(Callback):
+    """Raises when ``step`` steps are done."""
+
+    def __init__(self, error: type[BaseException], step: int = 2) -> None:
+        self.error, self.step = error, step
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise self.error("as planned")
+
+
 def absorbed_by_hand(folder: Path, *tasks: str, **options: Any) -> dict[str, Any]:
     """The same trainings, and a call of absorb after each."""
     module = TinyModule()
