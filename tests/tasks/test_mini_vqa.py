@@ -4,26 +4,32 @@ import hashlib
 import json
 import re
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from condu.models import load_clip
 from condu.tasks import load_benchmark
 from condu.tasks.mini import draw
+from condu.tasks.mini.model import load_weights
 from condu.tasks.mini_vqa import _render
 from condu.tasks.mini_vqa.corpus import FAMILIES, TURNS, sample_conversations
 from condu.tasks.mini_vqa.domains import DOMAINS, cell_centres, other
 from condu.tasks.mini_vqa.model import (
+    ANSWER,
     ASSETS,
+    IMAGE,
     build_tokenizer,
     build_vqa,
     copy_vision_tower,
     load_tokenizer,
     model_config,
 )
-from condu.tasks.mini_vqa.questions import COLOUR_NAMES, CORPUS, PLACES, TASKS
+from condu.tasks.mini_vqa.pretrain import Corpus, pretrain
+from condu.tasks.mini_vqa.questions import CORPUS, PLACES, TASKS
 
 NAMES = [domain.name for domain in DOMAINS]
 ANSWERS = {domain.name: domain.answers for domain in DOMAINS}
@@ -82,7 +88,8 @@ def test_the_question_does_not_give_the_answer_away(mini_vqa, name):
     for question, answer in zip(data.questions, data.answers, strict=True):
         answers_to.setdefault(question, set()).add(answer)
     assert len(answers_to) >= 2
-    assert min(len(answers) for answers in answers_to.values()) == len(ANSWERS[name])
+    # a question that names a shape is asked about 50 times: not every answer need come up
+    assert min(len(answers) for answers in answers_to.values()) >= 0.75 * len(ANSWERS[name])
 
 
 def test_no_question_is_asked_in_two_tasks(mini_vqa):
@@ -201,13 +208,30 @@ def test_the_asked_object_lies_in_the_cell_that_is_the_answer():
     assert PLACES[4] == "middle"
 
 
-def test_colours_of_the_colour_task_are_those_asked_for(mini_vqa):
+def test_images_of_the_colour_task_show_the_colour_that_is_the_answer(mini_vqa):
     data = mini_vqa["colour"].load("test")
-    middle = data.images[:, 12:20, 12:20].mean(axis=(1, 2))
-    answers = np.array(data.answers)
+    answers, pixels = np.array(data.answers), data.images.astype(int)
     for channel, name in enumerate(("red", "green", "blue")):
-        assert middle[answers == name].mean(axis=0).argmax() == channel
-    assert set(answers) == set(COLOUR_NAMES)
+        rest = np.delete(pixels, channel, axis=-1).max(axis=-1)
+        purest = np.sort((pixels[..., channel] - rest).reshape(len(data), -1))[:, -20:].mean(axis=1)
+        others = ~np.isin(answers, (name, "cyan", "orange", "purple", "pink", "brown"))
+        assert np.median(purest[answers == name]) > 2 * np.median(purest[others])
+
+
+def test_images_of_the_place_task_are_brightest_where_the_answer_says(mini_vqa):
+    data = mini_vqa["place"].load("test")
+    edges = (0, 11, 21, draw.SIZE)
+    brightness = np.stack(
+        [
+            np.sort(cell.reshape(len(data), -1))[:, -30:].mean(axis=1)
+            for top, bottom in pairwise(edges)
+            for left, right in pairwise(edges)
+            for cell in [data.images[:, top:bottom, left:right].astype(float)]
+        ]
+    )
+    found = [PLACES[i] for i in brightness.argmax(axis=0)]
+    hits = sum(f == a for f, a in zip(found, data.answers, strict=True))
+    assert hits > 0.9 * len(data)
 
 
 def test_others_are_others():
@@ -221,6 +245,27 @@ def test_every_task_has_phrasings_that_the_corpus_has_not():
     assert set(TASKS) == set(NAMES) <= set(CORPUS)
     for name, phrases in TASKS.items():
         assert not set(phrases) & set(CORPUS[name])
+
+
+def test_two_steps_of_pretraining_write_loadable_weights_and_repeat_exactly(tmp_path):
+    for name in ("a", "b"):
+        pretrain(steps=2, batch=4, seed=1, out=tmp_path / "new" / f"{name}.safetensors")
+    a, b = (load_file(tmp_path / "new" / f"{n}.safetensors") for n in ("a", "b"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    load_weights(build_vqa().model, tmp_path / "new" / "a.safetensors")
+
+
+def test_pretraining_batches_ask_each_image_several_questions():
+    vqa = build_vqa()
+    batch = next(iter(Corpus(vqa, batch=6, seed=0)))
+    end = vqa.tokenizer.eos_token_id
+    assert (batch["labels"] == end).sum(dim=1).tolist() == [TURNS] * 6
+    assert (batch["input_ids"] == vqa.encode(IMAGE)[0]).sum(dim=1).tolist() == [16] * 6
+    answers = batch["labels"] != -100
+    assert torch.equal(batch["input_ids"][answers], batch["labels"][answers])
+    # what stands before an answer is the mark that asks for it
+    asked = batch["input_ids"][:, :-1][answers[:, 1:] & ~answers[:, :-1]]
+    assert asked.unique().tolist() == vqa.encode(ANSWER)
 
 
 @torch.no_grad()

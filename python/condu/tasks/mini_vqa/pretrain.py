@@ -28,7 +28,7 @@ from condu.tasks.mini.pretrain import rate_factor
 from condu.tasks.mini_vqa.corpus import Turn, sample_conversations
 from condu.tasks.mini_vqa.model import IMAGE, build_vqa, copy_vision_tower
 
-STEPS = 4000
+STEPS = 3000
 BATCH = 64
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
@@ -70,6 +70,7 @@ class Corpus(IterableDataset[dict[str, Tensor]]):
 
 def pretrain(steps: int, batch: int, seed: int, out: Path) -> None:
     """Train and write fp16 weights to ``out``; prints the loss as it goes."""
+    out.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the training
     torch.manual_seed(seed)
     vqa = build_vqa()
     model: Any = vqa.model.train()
@@ -97,7 +98,6 @@ def pretrain(steps: int, batch: int, seed: int, out: Path) -> None:
             mean = total / (step % LOG_EVERY or LOG_EVERY)
             print(f"step {step} loss {mean:.3f} {time.perf_counter() - started:.0f} s", flush=True)
             total = 0.0
-    out.parent.mkdir(parents=True, exist_ok=True)
     save_weights(model, out)
 
 

@@ -60,7 +60,7 @@ CORPUS = {
     ),
 }
 TASKS = {
-    "colour": ("tell me which colour this is.", "what is the colour in the image?"),
+    "colour": ("tell me which colour the {} is.", "what is the colour of the {} in the image?"),
     "shape": ("tell me what shape this is.", "which shape is there in the image?"),
     "count": ("tell me how many things there are.", "what is the number of things in the image?"),
     "place": ("tell me where the {} is.", "the {} is in which part?"),
