@@ -80,8 +80,8 @@ def ranks_of(mesh: DeviceMesh) -> list[int]:
 
 
 def _gather(mesh: DeviceMesh, item: object) -> list[Any]:
-    """``item`` of every process in the order of :func:`ranks_of`, along one mesh dimension after the
-    other: for each of them there is a group."""
+    """``item`` of every process in the order of :func:`ranks_of`: along one dimension after the
+    other, for each of them has a group."""
     items = [item]
     for dim in reversed(range(mesh.ndim)):
         parts: list[Any] = [None] * mesh.size(dim)
