@@ -6,6 +6,7 @@ others: every step ends with one exchange of what each process has to say.
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """A block that every process of ``mesh`` enters; without a mesh, a block like any other.
+    """A block that every process of ``mesh`` enters; without a mesh, a block like any other::
 
         with Step(mesh) as step:
-            step.mine = …           # what the others shall get; picklable
-            step.claims["rule"] = … # what must be equal on all of them, compared by repr
-        step.all                    # everybody's, in the order of the mesh
+            step.mine = …  # what the others shall get; picklable
+            step.claims["the rule"] = …  # what must be equal on all of them, compared by repr
+        step.all  # everybody's, in the order of the mesh
 
     Leaving the block raises on every process what was raised in it on any, the first in the order
     of the mesh: the error itself where it happened, elsewhere one of its kind that names the rank.
@@ -59,9 +60,9 @@ class Step:
     def _finish(self, mesh: DeviceMesh, error: Exception | None) -> None:
         claims = {name: repr(value) for name, value in self.claims.items()}
         digest = xxhash.xxh3_64_hexdigest(repr(claims).encode())
-        failure = (type(error), _text(error)) if error else None
+        failure = (_kind(error), _text(error)) if error else None
         outcomes = _gather(mesh, (failure, digest, None if error else self.mine))
-        ranks = mesh.mesh.flatten().tolist()
+        ranks = ranks_of(mesh)
         for rank, (failed, _, _) in zip(ranks, outcomes, strict=True):
             if failed == failure and error is not None:
                 return  # this process's own error goes on its way
@@ -72,15 +73,30 @@ class Step:
         self.all = [mine for _, _, mine in outcomes]
 
 
+def ranks_of(mesh: DeviceMesh) -> list[int]:
+    """The ranks of a mesh in the order in which its processes count here (row-major)."""
+    ranks: list[int] = mesh.mesh.flatten().tolist()
+    return ranks
+
+
 def _gather(mesh: DeviceMesh, item: object) -> list[Any]:
-    """``item`` of every process, in the order of ``mesh.mesh.flatten()``: along one mesh dimension
-    after the other, for these are the groups that exist."""
+    """``item`` of every process in the order of :func:`ranks_of`: along one dimension after the
+    other, for each of them has a group."""
     items = [item]
     for dim in reversed(range(mesh.ndim)):
         parts: list[Any] = [None] * mesh.size(dim)
         dist.all_gather_object(parts, items, group=mesh.get_group(dim))
         items = [one for part in parts for one in part]
     return items
+
+
+def _kind(error: Exception) -> type[Exception]:
+    """The error's class, or the nearest one above it that other processes can look up."""
+    return next(
+        kind
+        for kind in type(error).__mro__
+        if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind
+    )
 
 
 def _text(error: BaseException) -> str:

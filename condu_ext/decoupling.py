@@ -36,11 +36,8 @@ def decouple(
     """
     with state.lock:
         with Step(state.spec.mesh) as step:
-            state.position(task)
             step.claims["the task"] = task
-            kernels = [kernels_for(backend, arena.device) for arena in state.arenas]
-            base = read_base(state.spec, pretrained)
-            check_devices(state.spec, "pretrained", base, state.devices())
+            base, kernels = _check_base(state, task, pretrained, backend)
         local: list[Tensor] = []
         for entry, theta_0, device in zip(state.spec.tensors, base, state.devices(), strict=True):
             dtype = torch.float32 if theta_0 is None else theta_0.dtype
@@ -77,11 +74,8 @@ def decouple_(
     """
     with state.lock:
         with Step(state.spec.mesh) as step:
-            state.position(task)
             step.claims["the task"] = task
-            kernels = [kernels_for(backend, arena.device) for arena in state.arenas]
-            base = read_base(state.spec, pretrained)
-            check_devices(state.spec, "pretrained", base, state.devices())
+            base, kernels = _check_base(state, task, pretrained, backend)
             targets = [t for t in resolve(state.spec, "out", out, "error") if t is not None]
             base_private = {
                 n: t for n, t in (pretrained or {}).items() if n in state.spec.private_names
@@ -95,6 +89,17 @@ def decouple_(
                 local_part(out[name]).copy_(local_part(tensor))
         written = [*(out[n] for n in out if n not in state.spec.fixed)]
         torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+
+
+def _check_base(
+    state: UnifiedDelta, task: str, pretrained: Model | None, backend: str | None
+) -> tuple[list[Tensor | None], list[Any]]:
+    """θ_0 where the state's tensors are, and the kernels of each arena."""
+    state.position(task)
+    kernels = [kernels_for(backend, arena.device) for arena in state.arenas]
+    base = read_base(state.spec, pretrained)
+    check_devices(state.spec, "pretrained", base, state.devices())
+    return base, kernels
 
 
 def _write_expert(

@@ -44,19 +44,17 @@ from condu_ext.inputs import (
     check_fixed,
     check_private,
     describe,
-    is_private,
     private_tensors,
     resolve,
-    with_rounding,
 )
 from condu_ext.layout import Arena, ModelSpec, group_by_device
+from condu_ext.newcomer import Inputs, Newcomer, claims_of_call, claims_of_task
 from condu_ext.rescale import apply_rescalers, check_finite, warn_of
+from condu_ext.rounding import with_rounding
 from condu_ext.rule import FusionRule
 from condu_ext.sharding import local_part, mesh_of
 from condu_ext.sums import SumStep
 from condu_ext.unified import UnifiedDelta, check_state_dtype, check_task_name
-
-_Inputs = tuple[list[Tensor], list[Tensor], list[int]]  # model, base and via of an operator
 
 
 @without_autograd
@@ -109,8 +107,8 @@ def unify(
             check_devices(spec, who, tensors, devices)
             spec = with_rounding(spec, who, tensors, base, match_dtype=match_dtype, settled=k > 0)
             resolved.append(tensors)
-            checks.claims |= _claims_of_task(spec, who, model, tensors)
-        checks.claims |= _claims_of_call(spec, pretrained, groups.values())
+            checks.claims |= claims_of_task(spec, who, model, tensors)
+        checks.claims |= claims_of_call(spec, pretrained, groups.values())
 
     start = Sources(spec, base)
     fused = []
@@ -152,65 +150,6 @@ def _check_tasks(models: Mapping[str, Model]) -> list[str]:
     return [check_task_name(task) for task in models]
 
 
-def _claims_of_task(
-    spec: ModelSpec, who: str, model: Model, tensors: list[Tensor | None]
-) -> dict[str, object]:
-    """What processes that share a model must agree on: which of its tensors there are."""
-    absent = [e.name for e, t in zip(spec.tensors, tensors, strict=True) if t is None]
-    private = sorted(name for name in model if is_private(name, spec.private))
-    return {f"the missing tensors of {who}": absent, f"the private tensors of {who}": private}
-
-
-def _claims_of_call(
-    spec: ModelSpec, pretrained: Model | None, indices: Iterable[Sequence[int]]
-) -> dict[str, object]:
-    return spec.claims() | {
-        "whether there is a pretrained model": pretrained is not None,
-        "which tensors share a device": [list(index) for index in indices],
-    }
-
-
-class _Newcomer:
-    """A model that is about to be absorbed, checked against a state."""
-
-    def __init__(
-        self,
-        state: UnifiedDelta,
-        task: str,
-        finetuned: Model,
-        pretrained: Model | None,
-        missing: str,
-        match_dtype: bool,
-    ) -> None:
-        state.check_new_task(task)
-        who = f"task {task!r}"
-        base = read_base(state.spec, pretrained)
-        tensors = resolve(state.spec, who, finetuned, missing)
-        check_private(state.spec, who, finetuned, missing)
-        check_fixed(state.spec, who, finetuned, pretrained)
-        devices = state.devices()
-        check_devices(state.spec, who, tensors, devices)
-        check_devices(state.spec, "pretrained", base, devices)
-        self.spec = with_rounding(
-            state.spec, who, tensors, base, match_dtype=match_dtype, settled=bool(state.tasks)
-        )
-        self.model = Sources(self.spec, tensors)
-        self.base = Sources(self.spec, base) if pretrained is not None else None
-        self.private = private_tensors(state.spec, finetuned)
-        indices = [arena.index for arena in state.arenas]
-        self.claims = {
-            "the tasks": [*state.tasks, task],
-            **_claims_of_task(self.spec, who, finetuned, tensors),
-            **_claims_of_call(self.spec, pretrained, indices),
-        }
-
-    def inputs(self, arena: Arena) -> _Inputs:
-        """Arguments ``model``, ``base`` and ``via`` of the operators for one arena."""
-        device = arena.device
-        base = self.base.flat(arena.index, None, device) if self.base else []
-        return self.model.flat(arena.index, self.base, device), base, self.model.via(arena.index)
-
-
 def _check_sums(arena: Arena, task: str, spec: ModelSpec, sums: Tensor) -> tuple[Tensor, Tensor]:
     """num and den of the old tasks and the new one; the new one's values are checked."""
     names = tensor_names(spec, arena)
@@ -239,7 +178,7 @@ def absorb(
     """
     with state.lock:
         with Step(state.spec.mesh) as step:
-            new = _Newcomer(state, task, finetuned, pretrained, missing, match_dtype)
+            new = Newcomer(state, task, finetuned, pretrained, missing, match_dtype)
             kernels = [kernels_for(backend, arena.device) for arena in state.arenas]
             step.claims |= new.claims
         fused = []
@@ -284,7 +223,7 @@ def absorb_(
     """
     with state.lock:
         with Step(state.spec.mesh) as step:
-            new = _Newcomer(state, task, finetuned, pretrained, missing, match_dtype)
+            new = Newcomer(state, task, finetuned, pretrained, missing, match_dtype)
             arenas = [(a, kernels_for(backend, a.device), new.inputs(a)) for a in state.arenas]
             added = [
                 torch.empty(arena.u.numel() // 8, dtype=torch.uint8, device=arena.device)
@@ -322,7 +261,7 @@ def absorb_(
 
 
 def _check_values(
-    state: UnifiedDelta, task: str, arenas: Sequence[tuple[Arena, Any, _Inputs]]
+    state: UnifiedDelta, task: str, arenas: Sequence[tuple[Arena, Any, Inputs]]
 ) -> None:
     """Refuse NaN and infinity before anything is overwritten."""
     with SumStep(state.spec) as summing:
@@ -333,7 +272,7 @@ def _check_values(
 
 
 def _with_rule(
-    inputs: _Inputs, rule: FusionRule
+    inputs: Inputs, rule: FusionRule
 ) -> tuple[list[Tensor], list[Tensor], int, list[int]]:
     model, base, via = inputs
     return model, base, ZERO_SUM_CODES[rule.zero_sum], via

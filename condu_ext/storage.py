@@ -41,7 +41,8 @@ from condu_ext.manifest import (
 )
 from condu_ext.reference import pack_bits
 from condu_ext.sharding import leads, whole
-from condu_ext.unified import UnifiedDelta, logical_bits, shaped_mask
+from condu_ext.unified import UnifiedDelta
+from condu_ext.views import logical_bits, mask_bits, shaped_mask
 
 SHARD_BYTES = 1 << 30
 _LOCK = ".lock"
@@ -135,7 +136,7 @@ def _write_data(
         )
     tasks = []
     for number, task in enumerate(state.tasks):
-        bits = state.mask_bits(task)
+        bits = mask_bits(state.spec, state.arenas, number)
         for entries, label in zip(shards, numbering, strict=True):
             write(
                 f"triggers-{generation}-{number}-{label}.safetensors",

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from condu_ext import reference
+from condu_ext import views
 from condu_ext._modes import without_autograd
 from condu_ext.collective import Step
 from condu_ext.fingerprint import model_fingerprints
 from condu_ext.inputs import Model, describe
-from condu_ext.layout import Arena, ModelSpec, TensorSpec, empty_arena, group_by_device
+from condu_ext.layout import Arena, ModelSpec, empty_arena, group_by_device
 from condu_ext.rule import FusionRule
 from condu_ext.sharding import local_part, mesh_of
 from condu_ext.transfer import rearranged
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-Value = TypeVar("Value")
 
 
 def check_task_name(task: object) -> str:
@@ -43,19 +41,6 @@ def check_state_dtype(dtype: torch.dtype) -> None:
             f"state dtype {dtype}: use torch.float32 or torch.bfloat16 "
             "(small deltas underflow in float16)"
         )
-
-
-def shaped_mask(entry: TensorSpec, bits: Tensor) -> Tensor:
-    """bool, in the tensor's shape and sharded as it is, from bits in memory order."""
-    return entry.wrap(entry.unflatten(reference.unpack_bits(bits, entry.local_numel)))
-
-
-def logical_bits(entry: TensorSpec, bits: Tensor) -> Tensor:
-    """A copy of a whole tensor's mask bits, in logical (row-major) order, from memory order."""
-    if entry.order == tuple(range(len(entry.order))):
-        return bits.clone()
-    mask = entry.unflatten(reference.unpack_bits(bits, entry.numel))
-    return reference.pack_bits(mask.reshape(-1))
 
 
 class UnifiedDelta:
@@ -144,16 +129,14 @@ class UnifiedDelta:
     @property
     def delta(self) -> dict[str, Tensor]:
         """The unified delta by tensor name, tied names included: views of the state's memory."""
-        return self._by_name(
-            lambda arena, entry, part, k: entry.wrap(entry.unflatten(arena.u[part]))
-        )
+        with self.lock:
+            self.check_whole()
+            return views.unified_delta(self.spec, self.arenas)
 
     def mask(self, task: str) -> dict[str, Tensor]:
         """A task's mask by tensor name, bool, in the tensor's shape; sharded as the tensor is."""
-
-        return self._by_name(
-            lambda arena, entry, part, k: shaped_mask(entry, self._bits(arena, part, task))
-        )
+        with self.lock:
+            return views.masks(self.spec, self.arenas, self.position(task))
 
     def packed_mask(self, task: str) -> dict[str, Tensor]:
         """A task's mask by tensor name, uint8 [ceil(numel / 8)], as ``numpy.packbits`` with
@@ -168,24 +151,16 @@ class UnifiedDelta:
                     f"packed_mask, tensor {entry.name!r}: is sharded ({entry.shard}), and its part "
                     "need not fill bytes; use mask()"
                 )
-        return self._by_name(
-            lambda arena, entry, part, k: logical_bits(entry, self._bits(arena, part, task))
-        )
-
-    def mask_bits(self, task: str) -> dict[str, Tensor]:
-        """Of each fused tensor's local part the packed mask in memory order: views."""
-        return self._by_name(lambda arena, entry, part, k: self._bits(arena, part, task))
-
-    def _bits(self, arena: Arena, part: slice, task: str) -> Tensor:
-        return arena.planes[self.position(task)][part.start // 8 : (part.stop + 7) // 8]
+        with self.lock:
+            return views.packed_masks(self.spec, self.arenas, self.position(task))
 
     def rescaler(self, task: str) -> float | dict[str, float]:
         """λ of a task; with ``rescale="per_tensor"`` λ by tensor name. Synchronises a GPU."""
-
-        def value(arena: Arena, entry: TensorSpec, part: slice, k: int) -> float:
-            return float(arena.rescaler[self.position(task), k])
-
-        table = self._by_name(value)
+        with self.lock:
+            row = self.position(task)
+            table = views.by_name(
+                self.spec, self.arenas, lambda arena, entry, part, k: float(arena.rescaler[row, k])
+            )
         return table if self.rule.rescale == "per_tensor" else next(iter(table.values()))
 
     def private(self, task: str) -> dict[str, Tensor]:
@@ -358,17 +333,3 @@ class UnifiedDelta:
             any(bool((arena.rescaler[t] > 0).any()) for arena in self.arenas)
             for t in range(len(self._tasks))
         ]
-
-    def _by_name(self, value: Callable[[Arena, TensorSpec, slice, int], Value]) -> dict[str, Value]:
-        """value(arena, spec, slice in the arena, position in the arena) for every name."""
-        with self.lock:
-            self.check_whole()
-            found: dict[int, Value] = {}
-            for arena in self.arenas:
-                for k, (position, start) in enumerate(zip(arena.index, arena.starts, strict=True)):
-                    entry = self.spec.tensors[position]
-                    found[position] = value(
-                        arena, entry, slice(start, start + entry.local_numel), k
-                    )
-            named = {entry.name: found[k] for k, entry in enumerate(self.spec.tensors)}
-            return named | {a: named[target] for a, target in self.spec.aliases.items()}

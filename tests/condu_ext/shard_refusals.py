@@ -164,6 +164,30 @@ def processes_that_disagree(group: Group) -> None:
         cx.absorb(state, "x", good, base)
 
 
+def copies_that_differ(group: Group) -> None:
+    """Plain and replicated tensors are every process's own memory, and may drift apart."""
+    if group.world == 1:
+        return
+    spread = group.small
+    base = spread.shard(spread.base())
+    good = spread.shard(spread.tuned(3))
+    state, _ = unified(spread)
+    before = snapshot(state)
+    for name in ("plain", "replicated"):
+        for value, text in (
+            (1.0, rf"tensor '{name}': ranks 0 and {group.world - 1} have copies .* differ"),
+            (float("nan"), rf"task 'new', tensor '{name}': .*NaN"),
+        ):
+            given = {n: t.clone() for n, t in good.items()}
+            if group.last:
+                local(given[name])[0, 0] += value
+            for call in (cx.absorb, cx.absorb_):
+                with pytest.raises(ValueError, match=text):
+                    call(state, "new", given, base)
+                assert_unchanged(state, before)
+    cx.absorb_(state, "new", good, base)
+
+
 def damage_is_everywhere(group: Group) -> None:
     """absorb_ without a check: NaN on one process ends the state on all."""
     spread = group.small
@@ -186,8 +210,11 @@ def failing_kernels(group: Group) -> None:
     good = spread.shard(spread.tuned(3))
     from condu_ext import _ops
 
+    class OutOfMemory(MemoryError):
+        """Known to this process only."""
+
     def broken(*_: object) -> None:
-        raise MemoryError("not enough memory")
+        raise OutOfMemory("not enough memory")
 
     with pytest.MonkeyPatch.context() as patch:
         if group.last:
@@ -328,6 +355,7 @@ REFUSALS: tuple[Case, ...] = (
     mistakes_of_one_process,
     who_made_the_mistake,
     processes_that_disagree,
+    copies_that_differ,
     damage_is_everywhere,
     failing_kernels,
     placements_that_cannot_be_fused,
