@@ -192,8 +192,7 @@ class VqaEvaluator:
 
     def accuracies(self) -> list[float]:
         """``accuracy`` on every task of the benchmark, in its order."""
-        tasks: Any = self.benchmark
-        return [self.accuracy(task) for task in tasks]
+        return [self.accuracy(task) for task in self.benchmark]
 
     def generate(self, task: VqaTask) -> list[str]:
         """What the model says to each test question, greedily."""

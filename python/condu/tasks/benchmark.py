@@ -66,10 +66,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Tasks in training order, with unique names."""
+    """Tasks in training order, all of one kind (`Task`, `VqaTask`), with unique names."""
 
     name: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[Any, ...]
 
     def __post_init__(self) -> None:
         names = [task.name for task in self.tasks]
@@ -79,10 +79,10 @@ class Benchmark:
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.tasks)
 
-    def __getitem__(self, name: str) -> Task:
+    def __getitem__(self, name: str) -> Any:
         for task in self.tasks:
             if task.name == name:
                 return task

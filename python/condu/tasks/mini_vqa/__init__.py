@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import zlib
 from functools import cache, partial
-from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -53,4 +52,4 @@ def mini_vqa_benchmark(seed: int = 0) -> Benchmark:
     rendered.
     """
     tasks = tuple(VqaTask(domain.name, partial(_render, domain, seed)) for domain in DOMAINS)
-    return Benchmark("mini_vqa", cast(Any, tasks))
+    return Benchmark("mini_vqa", tasks)
