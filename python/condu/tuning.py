@@ -56,8 +56,9 @@ class Trained:
 class Tuner:
     """Fine-tunes the parameters of `live.model` that require grad now.
 
-    `names`: the entries of the model's state dict that fine-tuning may change. `folder`: where the
-    fine-tunings from θ_0 are kept.
+    `names`: the entries of the model's state dict that fine-tuning is to change, and so what is
+    kept of it; `spoilt`: those that change beside them and have to be put back. `folder`: where
+    the fine-tunings from θ_0 are kept.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class Tuner:
         folder: Path,
         *,
         names: frozenset[str],
+        spoilt: frozenset[str] = frozenset(),
     ) -> None:
         self.live = live
         self.training = training
         self.workspace = workspace
         self.folder = folder
         self.names = names
+        self.spoilt = spoilt
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -82,7 +85,7 @@ class Tuner:
 
     def using(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Put weights into the live model for a while; θ_0 is back afterwards."""
-        return weights_in(self.live.model, weights, self.names)
+        return weights_in(self.live.model, weights, self.names | self.spoilt)
 
     def put(self, trained: Trained) -> None:
         """Put weights into the live model, for somebody who takes them out again."""

@@ -104,7 +104,7 @@ class Workspace:
         return self.folder / "prototypes.safetensors"
 
     def _adapters(self, rank: int) -> Tuner:
-        from condu.models.lora import add_lora
+        from condu.models.lora import add_lora, rewritten_weights
 
         lora = self.config.lora
         model = add_lora(
@@ -120,6 +120,7 @@ class Workspace:
             self,
             self.folder / f"lora-{rank}",
             names=frozenset(trainable),
+            spoilt=frozenset(rewritten_weights(model)),
         )
 
 

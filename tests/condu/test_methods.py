@@ -213,6 +213,26 @@ def test_targets_can_be_chosen_and_wrong_ones_are_named(tmp_path: Path) -> None:
         ).run()
 
 
+def test_what_adapters_do_to_an_attention_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT adds B·A to the frozen weights of an attention and takes it away again, by rounding."""
+    finetune = tuning.finetune
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def watched(live: LiveModel, *args: Any, **kwargs: Any) -> float:
+        seen.append(copy_weights(live.model))
+        return finetune(live, *args, **kwargs)
+
+    monkeypatch.setattr(tuning, "finetune", watched)
+    lora = {"rank": 2, "targets": ["attn"], "lr": 0.1}
+    tiny_trainer(tmp_path / "run", methods=["sequential_lora"], lora=lora, pam={"rank": 2}).run()
+    first, second = seen
+    frozen = [name for name in first if "lora_" not in name]
+    assert any("in_proj_weight" in name for name in frozen)
+    assert all(torch.equal(first[name], second[name]) for name in frozen)
+
+
 def test_protocols_can_be_chosen(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", methods=["zero_shot", "condu"], protocols=["agnostic"])
     methods = trainer.run()["methods"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import MultiheadAttention as LoraAttention
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -77,6 +78,18 @@ def add_lora(
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)  # a PeftMixedModel only with mixed=True
     return adapted
+
+
+def rewritten_weights(model: nn.Module) -> set[str]:
+    """Names of frozen weights that do change: PEFT adds B·A to those of an attention before each of
+    its calls and takes it away afterwards, which leaves rounding errors behind."""
+    return {
+        f"{name}.{weight}"
+        for name, module in model.named_modules()
+        if isinstance(module, LoraAttention)
+        for weight, parameter in module.named_parameters()
+        if not parameter.requires_grad
+    }
 
 
 def _matched(model: nn.Module, target: str) -> Iterator[str]:
