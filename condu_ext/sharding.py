@@ -8,6 +8,7 @@ beside sharded ones is taken as replicated over the whole mesh.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -148,11 +149,24 @@ def shard_of_shape(
     shape: Sequence[int], mesh: DeviceMesh, placements: Iterable[Placement]
 ) -> ShardSpec:
     """Which part of a tensor of this shape is here."""
+    placements, coordinates = tuple(placements), tuple(mesh.get_coordinate() or ())
+    return ShardSpec(
+        mesh, placements, *_part_and_offset(tuple(shape), mesh, placements, coordinates)
+    )
+
+
+@functools.lru_cache(maxsize=1 << 14)  # asked for every tensor of every model of a call
+def _part_and_offset(
+    shape: tuple[int, ...],
+    mesh: DeviceMesh,
+    placements: tuple[Placement, ...],
+    coordinates: tuple[int, ...],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and first index of the part of the process that has these coordinates in the mesh."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    placements = tuple(placements)
     part, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)
-    return ShardSpec(mesh, placements, tuple(part), tuple(offset))
+    return tuple(part), tuple(offset)
 
 
 def whole(tensor: Tensor) -> Tensor:
