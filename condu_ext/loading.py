@@ -33,6 +33,7 @@ from condu_ext.sharding import (
     mesh_of,
     place_in,
     shard_of,
+    shard_of_shape,
 )
 from condu_ext.unified import UnifiedDelta
 
@@ -82,9 +83,10 @@ def _read_manifest(directory: Path, mesh: DeviceMesh | None) -> Manifest:
 def _read_state(
     directory: Path, manifest: Manifest, like: Model | None, mesh: DeviceMesh | None
 ) -> UnifiedDelta:
-    with Step(mesh):
+    with Step(mesh) as step:
         _check_files(directory, manifest, mesh)
         spec, devices = _placed(manifest.spec, like)
+        step.claims |= spec.claims()
         arenas = _read_delta(directory, manifest, spec, devices)
         for task in manifest.tasks:
             _read_mask(directory, manifest, spec, arenas, task)
@@ -285,16 +287,18 @@ def _read_private(
     handle = _open(directory / name)
     tensors = {}
     for key in handle.keys():  # noqa: SIM118
-        shape = tuple(handle.get_slice(key).get_shape())
+        shape = tuple(handle.get_slice(key).get_shape())  # may be another for every task
         shard, device = None, torch.device("cpu")
         if key in like:
             place = check_tensor("like", key, like[key])
-            if tuple(place.shape) != shape:
-                raise ValueError(
-                    f"like, private tensor {key!r}: shape {tuple(place.shape)}, task "
-                    f"{task.name!r} has {shape}"
-                )
-            shard, device = shard_of(f"like, tensor {key!r}", place), local_part(place).device
+            device = local_part(place).device
+            if place_shard := shard_of(f"like, tensor {key!r}", place):
+                if place.dim() != len(shape):
+                    raise ValueError(
+                        f"like, private tensor {key!r}: shape {tuple(place.shape)}, but task "
+                        f"{task.name!r} has {shape}"
+                    )
+                shard = shard_of_shape(shape, place_shard.mesh, place_shard.placements)
         part = _read_part(handle, key, shard).to(device, copy=True)
         tensors[key] = shard.wrap(part, shape) if shard else part
     return tensors

@@ -8,9 +8,10 @@ beside sharded ones is taken as replicated over the whole mesh.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -129,22 +130,43 @@ def shard_of(where: str, tensor: Tensor) -> ShardSpec | None:
     if not is_sharded(tensor):
         return None
     from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     placements = tuple(tensor.placements)
     if any(type(p) not in (Shard, Replicate) for p in placements):
         raise TypeError(
             f"{where}: placed as {_names(placements)}; only Shard and Replicate can be fused"
         )
-    shape, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, placements
-    )
-    if tuple(shape) != tuple(tensor.to_local().shape):
+    shard = shard_of_shape(tensor.shape, tensor.device_mesh, placements)
+    if shard.shape != tuple(tensor.to_local().shape):
         raise TypeError(
             f"{where}: its part here is {tuple(tensor.to_local().shape)}, but {tuple(tensor.shape)}"
-            f" placed as {_names(placements)} has {tuple(shape)} here"
+            f" placed as {_names(placements)} has {shard.shape} here"
         )
-    return ShardSpec(tensor.device_mesh, placements, tuple(shape), tuple(offset))
+    return shard
+
+
+def shard_of_shape(
+    shape: Sequence[int], mesh: DeviceMesh, placements: Iterable[Placement]
+) -> ShardSpec:
+    """Which part of a tensor of this shape is here."""
+    placements, coordinates = tuple(placements), tuple(mesh.get_coordinate() or ())
+    return ShardSpec(
+        mesh, placements, *_part_and_offset(tuple(shape), mesh, placements, coordinates)
+    )
+
+
+@functools.lru_cache(maxsize=1 << 14)  # asked for every tensor of every model of a call
+def _part_and_offset(
+    shape: tuple[int, ...],
+    mesh: DeviceMesh,
+    placements: tuple[Placement, ...],
+    coordinates: tuple[int, ...],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and first index of the part of the process that has these coordinates in the mesh."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    part, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)
+    return tuple(part), tuple(offset)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -180,7 +180,8 @@ def experts(group: Group) -> None:
     for pretrained, given in ((base, start), (None, None)):
         found = cx.decouple(sharded, "task 2", given)
         assert_spread(spread, found, cx.decouple(whole, "task 2", pretrained))
-    out = spread.shard(spread.tuned(9))
+    head = torch.zeros_like(whole.private("task 2")["head.weight"])
+    out = spread.shard(spread.tuned(9) | {"head.weight": head})
     parts = {name: local(tensor) for name, tensor in out.items()}
     versions = {name: tensor._version for name, tensor in out.items()}
     cx.decouple_(sharded, "task 2", start, out=out)

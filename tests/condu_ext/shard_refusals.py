@@ -123,11 +123,12 @@ def who_made_the_mistake(group: Group) -> None:
     expected = text if group.last else f"rank {group.world - 1}: {text}"
     assert caught.value.args == (expected,)
     out = {name: tensor.clone() for name, tensor in base.items()}
+    out["head.weight"] = state.private("task 1")["head.weight"]
     spoilt = out if not group.last else without("uneven")(spread, out)
     with pytest.raises(KeyError, match="out: tensor 'uneven' is missing"):
         cx.decouple_(state, "task 1", base, out=spoilt)
-    for name, tensor in out.items():
-        assert torch.equal(local(tensor), local(base[name]))
+    for name in spread.tensors:
+        assert torch.equal(local(out[name]), local(base[name]))
     with pytest.raises(KeyError, match="unknown task 'nothing'"):
         cx.decouple(state, "nothing" if group.last else "task 1", base)
     with pytest.raises(KeyError, match="pretrained: tensor 'uneven' is missing"):
@@ -309,7 +310,7 @@ def whole_tensors_only(group: Group) -> None:
             call()
 
 
-def targets_that_require_grad(group: Group) -> None:
+def targets_that_cannot_be_written(group: Group) -> None:
     spread = group.small
     state, _ = unified(spread)
     base = spread.shard(spread.base())
@@ -318,6 +319,12 @@ def targets_that_require_grad(group: Group) -> None:
         cx.decouple_(state, "task 1", base, out=out)
     with pytest.raises(ValueError, match="shares memory"):
         cx.decouple_(state, "task 1", base, out=base)
+    out = {name: tensor.clone() for name, tensor in base.items()}
+    head = state.private("task 1")["head.weight"].full_tensor()
+    out["head.weight"] = distribute_tensor(head, group.mesh, [Replicate()])
+    text = r"private tensor 'head.weight': placed as \(Replicate\(\)\)"
+    with pytest.raises(ValueError, match=text):
+        cx.decouple_(state, "task 1", base, out=out)
 
 
 def ranks_of_a_grid_of_four(group: Group) -> None:
@@ -363,7 +370,7 @@ REFUSALS: tuple[Case, ...] = (
     two_meshes_of_four,
     plain_and_sharded_states,
     whole_tensors_only,
-    targets_that_require_grad,
+    targets_that_cannot_be_written,
     ranks_of_a_grid_of_four,
     modules_of_fsdp1,
 )

@@ -187,10 +187,14 @@ def models_that_do_not_fit(group: Group) -> None:
     for wrong, error, text in (
         ({n: t for n, t in good.items() if n != "uneven"}, KeyError, "'uneven' is missing"),
         (good | {"uneven": good["vector"]}, ValueError, r"'uneven': shape \(10,\)"),
-        (good | {"head.weight": good["vector"]}, ValueError, "private tensor 'head.weight'"),
+        (good | {"head.weight": good["vector"]}, ValueError, r"'head.weight': shape \(10,\)"),
     ):
         given = wrong if group.last else good
         with pytest.raises(error, match=text):
+            cx.UnifiedDelta.load(folder, like=given)
+    if group.world > 1:
+        given = good | {"uneven": spread.base()["uneven"]} if group.last else good
+        with pytest.raises(ValueError, match=r"the processes differ in tensor 'uneven'"):
             cx.UnifiedDelta.load(folder, like=given)
     assert cx.UnifiedDelta.load(folder, like=good).spec.private == PRIVATE
 
