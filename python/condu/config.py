@@ -221,7 +221,8 @@ def find_config(path: Path) -> Path:
     """The file itself, or, where there is none, the one that comes with the package under that
     name: `configs/mini.yaml`, `configs/mini_vqa_pam.yaml`."""
     packaged = Path(__file__).parent / "configs" / path.name
-    return packaged if not path.exists() and path.parent == Path("configs") else path
+    found = path.exists() or path.parent != Path("configs") or not packaged.is_file()
+    return path if found else packaged
 
 
 def demo_config() -> RunConfig:

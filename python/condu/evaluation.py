@@ -72,7 +72,7 @@ class Evaluator:
         self.benchmark = benchmark
         self._batch_size = batch_size
         self._num_workers = num_workers
-        self._cache_left = cache_bytes
+        self._cache_bytes = cache_bytes
         self._tests: dict[str, Dataset[Any]] = {}
         self._tokens: dict[str, Tensor] = {}
         self._frozen: dict[str, _Frozen] = {}
@@ -237,9 +237,10 @@ class Evaluator:
         if task.name not in self._tests:
             test = _not_empty(task.dataset("test", self.clip.test_transform), task, "test")
             image, _ = test[0]
-            size = image.nbytes * len(test)
-            if size <= self._cache_left:
-                self._cache_left -= size
+            held = [
+                t.tensors[0].nbytes for t in self._tests.values() if isinstance(t, TensorDataset)
+            ]
+            if sum(held) + image.nbytes * len(test) <= self._cache_bytes:
                 test = _decoded(test, self._num_workers)
             self._tests[task.name] = test
         return self._tests[task.name]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import condu_ext as cx
+from condu.live import is_parameter, named_tensors
+from condu_ext.sharding import refuse_sharded
 
 Average = Literal["half", "mean"]
 
@@ -40,7 +42,8 @@ class AlignedMerging:
     `align=False` leaves the aligning out, which makes it plain averaging. The paper gives top =
     50 %; it gives neither period, scope, a, nor what happens to the optimiser's state.
 
-    Weights are written in place. Every process of a distributed run makes the same calls.
+    Weights are written in place; they are looked up by name on each call. Every process of a
+    distributed run makes the same calls; sharded weights (FSDP2) are a TypeError.
     """
 
     def __init__(
@@ -66,9 +69,15 @@ class AlignedMerging:
         ):
             if value not in known:
                 raise ValueError(f"{option} must be {' or '.join(map(repr, known))}, got {value!r}")
-        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if not self._parameters:
+        self._model = model
+        self._names = tuple(
+            name
+            for name, tensor in named_tensors(model).items()
+            if is_parameter(tensor) and tensor.requires_grad
+        )
+        if not self._names:
             raise ValueError("the model has no parameter that requires grad: add an adapter first")
+        self._parameters()
         self.top, self.period, self.to, self.scope = top, period, to, scope
         self.average, self.reset_optimizer, self.aligns = average, reset_optimizer, align
         self.tasks = 0
@@ -82,23 +91,26 @@ class AlignedMerging:
         """g by parameter name, empty before the first task was merged. Not copies."""
         return dict(self._global)
 
+    @torch.no_grad()
     def resume(self, adapter: Mapping[str, Tensor], tasks: int) -> None:
         """Go on from a global adapter that `tasks` tasks were merged into; the live weights become
-        it. KeyError or ValueError if it does not fit the model."""
+        it. KeyError or ValueError if it does not fit the model or is not finite: nothing changes.
+        """
         if tasks < 1:
             raise ValueError(f"tasks must be at least 1, got {tasks}")
-        for name, parameter in self._parameters.items():
+        live = self._live()
+        for name in live.keys() | adapter.keys():
             if name not in adapter:
                 raise KeyError(f"adapter: tensor {name!r} is missing")
-            if adapter[name].shape != parameter.shape:
+            if name not in live:
+                raise KeyError(f"adapter: tensor {name!r} is no trainable parameter of the model")
+            if adapter[name].shape != live[name].shape:
                 raise ValueError(
                     f"adapter, tensor {name!r}: shape {list(adapter[name].shape)}, "
-                    f"the model's is {list(parameter.shape)}"
+                    f"the model's is {list(live[name].shape)}"
                 )
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(adapter[name])
-        self._begin_from(self._live_copy(), tasks)
+        self._begin_from({n: adapter[n].to(w, copy=True) for n, w in live.items()}, tasks)
+        self._show_global()
 
     @torch.no_grad()
     def align(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -106,13 +118,14 @@ class AlignedMerging:
         self._steps += 1
         if not self.aligns or not self._global or self._steps % self.period:
             return
+        parameters = self._parameters()
         before = self._live_copy() if self.reset_optimizer and optimizer is not None else {}
         cx.align_(self._live(), self._global, self._threshold, to=self.to)
         if optimizer is None:
             return
         for name, old in before.items():
-            parameter = self._parameters[name]
-            put_back = parameter.detach() != old  # what conflicts is never what it becomes
+            parameter = parameters[name]
+            put_back = parameter != old  # what conflicts is never what it becomes
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value.masked_fill_(put_back, 0)
@@ -139,12 +152,11 @@ class AlignedMerging:
             tasks = self.tasks + 1
             weight = 0.5 if self.average == "half" else 1 - 1 / tasks
             cx.average_(self._global, self._live(), weight)
-            for name, parameter in self._parameters.items():
-                parameter.copy_(self._global[name])
             self._begin_from(self._global, tasks)
+            self._show_global()
         else:
             self._begin_from(self._live_copy(), 1)
-        for parameter in self._parameters.values():
+        for parameter in self._parameters().values():
             parameter.grad = None
         return share
 
@@ -153,8 +165,22 @@ class AlignedMerging:
         self._global, self._threshold = adapter, threshold
         self.tasks, self._steps = tasks, 0
 
+    def _show_global(self) -> None:
+        for name, parameter in self._parameters().items():
+            parameter.copy_(self._global[name])
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """The live parameters, looked up anew, for they may have been replaced."""
+        named = named_tensors(self._model)
+        for name in self._names:
+            if name not in named:
+                raise KeyError(f"the model no longer has tensor {name!r}")
+        parameters = {name: named[name] for name in self._names}
+        refuse_sharded("model", parameters)
+        return parameters
+
     def _live(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+        return {name: parameter.detach() for name, parameter in self._parameters().items()}
 
     def _live_copy(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        return {name: parameter.clone() for name, parameter in self._live().items()}

@@ -27,6 +27,7 @@ from condu.tasks import load_benchmark
 from condu.workspace import Workspace
 
 if TYPE_CHECKING:
+    from condu.evaluation import Protocol
     from condu.models.base import LiveModel
     from condu.tasks.benchmark import Benchmark
 
@@ -80,7 +81,8 @@ class ContinualTrainer:
         goes on after its last finished step, and ends with the numbers it would have had.
 
         Raises `RunFolderError` if the folder holds a run and `resume` is not given, or holds one
-        with another configuration.
+        with another configuration; `ConfigError` and ValueError before anything is trained, for
+        what the configuration has wrong.
         """
         accelerator = Accelerator(
             mixed_precision=self.config.mixed_precision,
@@ -88,6 +90,12 @@ class ContinualTrainer:
             dataloader_config=DataLoaderConfiguration(split_batches=True),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=EVALUATION_LIMIT)],
         )
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != accelerator.num_processes:  # each would take itself for the main one
+            raise ConfigError(
+                f"{launched} processes were launched, but accelerate found no way to join them: "
+                "without a GPU it needs ACCELERATE_USE_CPU=true"
+            )
         with accelerator.main_process_first():
             starts = accelerator.is_main_process and not resume
             folder = (RunFolder.create if starts else RunFolder.resume)(self.out, self.config)
@@ -97,6 +105,9 @@ class ContinualTrainer:
             self.live, self.benchmark, self.config, folder.path, accelerator, self.progress
         )
         methods = [METHODS[name](workspace) for name in self.config.methods]
+        for method in methods:  # what the configuration has wrong shows before anything is trained
+            self._protocols_of(method)
+            workspace.tuner(method.tuning)
         for index in range(len(names)):
             for method in methods:
                 self._step(method, index, progress, folder, accelerator)
@@ -114,13 +125,7 @@ class ContinualTrainer:
         accelerator: Accelerator,
     ) -> None:
         """One method learns one task and is evaluated on all, unless that is on disk already."""
-        protocols = [p for p in self.config.protocols if p in method.protocols]
-        if not protocols:
-            raise ConfigError(
-                f"methods: {method.name!r} on model {self.live.name!r} needs the protocol "
-                f"{' or '.join(method.protocols)}, but protocols has only: "
-                f"{', '.join(self.config.protocols)}"
-            )
+        protocols = self._protocols_of(method)
         done = progress.methods.setdefault(
             method.name, MethodProgress(rows={protocol: [] for protocol in protocols})
         )
@@ -144,6 +149,16 @@ class ContinualTrainer:
             f"after task {index + 1} of {len(self.benchmark)}, {method.name} on the tasks so far: "
             + ", ".join(f"{protocol} {accuracy:.1f} %" for protocol, accuracy in seen.items())
         )
+
+    def _protocols_of(self, method: Method) -> list[Protocol]:
+        protocols = [p for p in self.config.protocols if p in method.protocols]
+        if not protocols:
+            raise ConfigError(
+                f"methods: {method.name!r} on model {self.live.name!r} needs the protocol "
+                f"{' or '.join(method.protocols)}, but protocols has only: "
+                f"{', '.join(self.config.protocols)}"
+            )
+        return protocols
 
     def _results(self, progress: Progress) -> dict[str, Any]:
         methods: dict[str, Any] = {}
@@ -175,6 +190,7 @@ def make_benchmark(config: RunConfig) -> Benchmark:
     for key, given in (
         ("benchmark.order", wanted.order or ()),
         ("training.task_lr", tuple(config.training.task_lr)),
+        ("lora.task_lr", tuple(config.lora.task_lr)),
     ):
         strangers = [name for name in given if name not in names]
         if strangers:
@@ -200,7 +216,9 @@ def versions() -> dict[str, str]:
         "condu_ext": str(condu_ext.build_info()["version"]),
         "condu_ext_isa": str(condu_ext.build_info()["cpu_isa"]),
         "open_clip": metadata.version("open_clip_torch"),
+        "transformers": metadata.version("transformers"),
         "peft": metadata.version("peft"),
+        "accelerate": metadata.version("accelerate"),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, RandomSampler
 
 from condu.config import TrainingConfig
+from condu.live import matches
 from condu.progress import RunProgress
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def task_seed(seed: int, task: str) -> int:
 def train_all_weights(live: LiveModel) -> None:
     """Let every parameter require grad but those that fine-tuning leaves alone (`live.frozen`)."""
     for name, parameter in live.model.named_parameters():
-        parameter.requires_grad_(name.rpartition(".")[2] not in live.frozen)
+        parameter.requires_grad_(not matches(name, live.frozen))
 
 
 def finetune(

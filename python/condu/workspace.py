@@ -63,12 +63,6 @@ class Workspace:
         """Of the live model; made at first use, for only the main process evaluates."""
         return self.live.evaluator(self.benchmark, batch_size=self.config.evaluation.batch_size)
 
-    @property
-    def votes(self) -> bool:
-        """Whether experts can be chosen by semantic voting, which compares features of images with
-        prototypes."""
-        return isinstance(self.scorer, Evaluator)
-
     @cached_property
     def prototypes(self) -> PrototypeSet:
         """Of the tasks learnt so far, by any method: they depend on θ_0 alone."""
@@ -78,7 +72,7 @@ class Workspace:
     def add_prototypes(self, task: Task, fusion: ConDU) -> None:
         """Add a task's prototypes, unless another method has."""
         if task.name not in self.prototypes:
-            assert isinstance(self.scorer, Evaluator)
+            assert isinstance(self.scorer, Evaluator)  # of a model that votes
             self.scorer.add_prototypes(self.prototypes, task, fusion)
             self.prototypes.save(self._prototype_file)
 
@@ -114,12 +108,13 @@ class Workspace:
             seed=self.config.seed,
         )
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        buffers = {name for name, _ in model.named_buffers()}  # BatchNorm's statistics move too
         return Tuner(
             self.live.with_model(model.to(self.accelerator.device).eval()),
             lora.training(self.config.training),
             self,
             self.folder / f"lora-{rank}",
-            names=frozenset(trainable),
+            names=frozenset(trainable | (buffers & model.state_dict().keys())),
             spoilt=frozenset(rewritten_weights(model)),
         )
 

@@ -7,7 +7,9 @@ import pytest
 
 from condu.config import (
     ConfigError,
+    LoraConfig,
     RunConfig,
+    TrainingConfig,
     demo_config,
     difference,
     find_config,
@@ -129,3 +131,15 @@ def test_configurations_that_come_with_the_package_are_found_by_name_unless_a_fi
     own = Path("configs/mini.yaml")
     own.write_text("seed: 7")
     assert load_config(find_config(own)).seed == 7
+
+
+def test_adapters_train_as_all_weights_do_but_for_what_is_said_of_them() -> None:
+    full = TrainingConfig(steps=7, batch_size=5, lr=0.1, task_lr={"a": 0.2}, warmup=0.3)
+    assert LoraConfig(lr=0.5).training(full) == full.model_copy(update={"lr": 0.5, "task_lr": {}})
+    given = LoraConfig(lr=0.5, steps=3, task_lr={"b": 0.4}).training(full)
+    assert (given.steps, given.learning_rate_of("a"), given.learning_rate_of("b")) == (3, 0.5, 0.4)
+    assert given.batch_size == 5
+
+
+def test_a_configuration_that_is_nowhere_is_named_as_it_was_given() -> None:
+    assert find_config(Path("configs/typo.yaml")) == Path("configs/typo.yaml")

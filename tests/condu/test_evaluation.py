@@ -389,6 +389,10 @@ def test_test_images_are_decoded_once_while_they_fit() -> None:
     for task in (one, two, three):
         evaluator.accuracy(task)
     assert decoded - first == {"two": 17}
+    # the same memory serves every model
+    other = evaluator.over(world.clip)
+    other.accuracy(two)
+    assert decoded - first == {"two": 2 * 17}
 
 
 @pytest.mark.parametrize("indices", [None, [5, 0, 5, 2]])

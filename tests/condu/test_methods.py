@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -11,9 +12,12 @@ import torch
 from tiny_run import tiny_trainer
 from torch import nn
 
+import condu_ext
 from condu import tuning
 from condu.methods import METHODS, Method, register
 from condu.models.base import LiveModel
+from condu.tasks.benchmark import Benchmark
+from condu.trainer import ContinualTrainer
 from condu.weights import copy_weights, load_weights
 
 Run = Callable[..., dict[str, Any]]
@@ -211,6 +215,69 @@ def test_targets_can_be_chosen_and_wrong_ones_are_named(tmp_path: Path) -> None:
         tiny_trainer(
             tmp_path / "other", methods=["pam"], lora={"targets": ["q_proj"]}, training={"steps": 1}
         ).run()
+
+
+def three_tasks(out: Path, **changes: Any) -> ContinualTrainer:
+    """Merging by the mean, over the tasks hues, tones, and hues once more."""
+    trainer = tiny_trainer(
+        out, methods=["pam"], training={"steps": 2}, pam={"average": "mean"}, **changes
+    )
+    hues, tones = trainer.benchmark.tasks
+    again = dataclasses.replace(hues, name="again")
+    trainer.benchmark = Benchmark("tiny", (hues, tones, again))
+    return trainer
+
+
+def test_merging_knows_how_many_tasks_there_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+    average_ = condu_ext.average_
+
+    def watched(g: dict[str, torch.Tensor], w: dict[str, torch.Tensor], weight: float) -> None:
+        seen.append((weight, {n: v.clone() for n, v in g.items()}, dict(w)))
+        average_(g, w, weight)
+
+    monkeypatch.setattr(condu_ext, "average_", watched)
+    three_tasks(tmp_path / "run").run()
+    assert [weight for weight, _, _ in seen] == [1 / 2, 2 / 3]
+
+
+def test_a_kill_right_after_merging_merges_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    expected = three_tasks(out).run()["methods"]["pam"]
+    weights = load_weights(out / "pam" / "model.safetensors")
+    progress = json.loads((out / "progress.json").read_text())
+    for rows in progress["methods"]["pam"]["rows"].values():
+        del rows[2]
+    del progress["methods"]["pam"]["misaligned"][1]
+    (out / "progress.json").write_text(json.dumps(progress))
+    monkeypatch.setattr(tuning, "finetune", None)
+    monkeypatch.setattr(condu_ext, "average_", None)
+    after = three_tasks(out).run(resume=True)["methods"]["pam"]
+    assert after["task-id"] == expected["task-id"]
+    assert after["misaligned"] == expected["misaligned"]
+    again = load_weights(out / "pam" / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_statistics_belong_to_the_adapter_that_moved_them(tmp_path: Path) -> None:
+    """BatchNorm's running mean is no weight, but fine-tuning changes it."""
+    trainer = tiny_trainer(
+        tmp_path / "run", methods=["individual_lora"], training={"steps": 2}, lora={"rank": 2}
+    )
+    model: Any = trainer.live.model
+    model.visual.conv1 = nn.Sequential(model.visual.conv1, nn.BatchNorm2d(32))
+    model.eval()
+    before = copy_weights(model)
+    trainer.run()
+    saved = load_weights(tmp_path / "run" / "lora-2" / "000.safetensors")
+    (mean,) = (value for name, value in saved.items() if name.endswith("running_mean"))
+    assert not torch.equal(mean, before["visual.conv1.1.running_mean"])
+    after = copy_weights(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_what_adapters_do_to_an_attention_is_undone(

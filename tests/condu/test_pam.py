@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module
 
 from condu.pam import AlignedMerging
 
@@ -220,7 +224,42 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         merging.resume({"a": first["a"].T, "b": first["b"]}, tasks=1)
     with pytest.raises(ValueError, match="tasks must be at least 1, got 0"):
         merging.resume(first, tasks=0)
+    with pytest.raises(KeyError, match="adapter: tensor 'c' is no trainable parameter"):
+        merging.resume({**first, "c": first["a"]}, tasks=1)
+    with pytest.raises(ValueError, match="tensor 'b': has NaN or infinite values"):
+        merging.resume({**first, "b": first["b"] * math.inf}, tasks=1)
     assert same(live(model), before)
+    assert same(merging.global_adapter, first)
+
+
+def test_parameters_that_were_replaced_are_found_again() -> None:
+    model, merging, first = begun(period=1)
+    second = {name: -value for name, value in first.items()}
+    model.load_state_dict({**second, "weight": model.weight}, assign=True)
+    assert merging.misaligned() == 1
+    merging.merge()
+    assert all(bool((value == 0).all()) for value in live(model).values())
+
+
+def test_sharded_weights_are_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, merging, _ = begun(period=1)
+        distribute_module(model, init_device_mesh("cpu", (1,)))
+        for call in (merging.align, merging.misaligned, merging.merge):
+            with pytest.raises(TypeError, match=r"model, tensor '[ab]': is sharded"):
+                call()
+        with pytest.raises(TypeError, match="model, tensor 'a': is sharded"):
+            AlignedMerging(model)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_names_do_not_depend_on_wrappers() -> None:
+    _, merging, first = begun()
+    wrapped = AlignedMerging(nn.Sequential(OrderedDict(module=adapter(seed=3))))
+    wrapped.resume(merging.global_adapter, tasks=1)
+    assert same(wrapped.global_adapter, first)
 
 
 @pytest.mark.parametrize(

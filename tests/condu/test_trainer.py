@@ -18,6 +18,7 @@ from tiny_run import accuracies, tiny_benchmark, tiny_clip, tiny_config, tiny_tr
 from condu import training
 from condu.config import ConfigError, load_config, make_config
 from condu.metrics import summarize
+from condu.models.clip import ClipModel
 from condu.progress import RunProgress
 from condu.runfolder import RunFolder, RunFolderError
 from condu.trainer import make_benchmark
@@ -269,6 +270,44 @@ def test_resume_starts_what_has_not_begun(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "results.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["individual", "condu"], "protocols": ["agnostic"]}, "'individual' needs"),
+        ({"methods": ["individual", "pam"], "lora": {"targets": ["cfc"]}}, "target 'cfc' matches"),
+    ],
+)
+def test_what_the_configuration_has_wrong_shows_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(training, "_batches", None)
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path / "run", **changes).run()
+
+
+def test_a_model_that_cannot_vote_has_one_protocol_which_is_checked_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_batches", None)
+    monkeypatch.setattr(ClipModel, "votes", False)
+    changes = {"methods": ["pam", "condu_lora"], "protocols": ["agnostic"]}
+    with pytest.raises(
+        ConfigError, match="'condu_lora' on model 'tiny' needs the protocol task-id"
+    ):
+        tiny_trainer(tmp_path / "run", **changes).run()
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny_trainer(tmp_path / "run")
+    monkeypatch.setattr("condu.trainer.Accelerator", lambda **_: Accelerator())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"2 processes were launched.*ACCELERATE_USE_CPU"):
+        trainer.run()
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_refuses_another_configuration(finished: Path) -> None:
     with pytest.raises(RunFolderError, match=r"training\.lr was 0\.003 and is now 0\.5"):
         tiny_trainer(finished, training={"lr": 0.5}).run(resume=True)
@@ -310,6 +349,7 @@ def test_order_and_number_of_tasks() -> None:
     [
         ({"benchmark": {"tasks": 99}}, r"benchmark\.tasks: got 99, but there are \d tasks"),
         ({"benchmark": {"order": ["cars"]}}, r"benchmark\.order: .* has no task 'cars'"),
+        ({"lora": {"task_lr": {"cars": 1}}}, r"lora\.task_lr: .* has no task 'cars'"),
         ({"training": {"task_lr": {"cars": 1}}}, r"training\.task_lr: .* has no task 'cars'"),
     ],
 )

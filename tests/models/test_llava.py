@@ -14,6 +14,7 @@ from torch import nn
 from condu.models import load_vqa
 from condu.tasks import Benchmark, VqaTask, load_benchmark
 from condu.tasks.mini_vqa.model import ASSETS, WEIGHTS, build_vqa
+from condu.training import train_all_weights
 
 SHORT = "tell me which colour this is."
 LONG = "what is the number of things in the image?"
@@ -191,6 +192,17 @@ def test_an_adapter_counts_in_training_and_in_evaluation():
     assert vqa.evaluator(benchmark, batch_size=3).accuracies() == [100.0]
     with vqa.model.disable_adapter():
         assert vqa.evaluator(benchmark, batch_size=3).accuracies() == before
+
+
+def test_every_weight_that_is_not_frozen_learns():
+    """Otherwise training with several processes waits for gradients that do not come."""
+    vqa = load_vqa("mini_vqa")
+    train_all_weights(vqa)
+    data = vqa.training_set(task_of(SAMPLES))
+    vqa.objective(task_of(SAMPLES), 0.0)(vqa.model, vqa.collate([data[0], data[1]])).backward()
+    parameters = dict(vqa.model.named_parameters())
+    assert [n for n, p in parameters.items() if p.requires_grad and p.grad is None] == []
+    assert sum(not p.requires_grad for p in parameters.values()) == 2  # one norm
 
 
 def test_unknown_words_are_named_with_their_text(untrained):

@@ -142,7 +142,7 @@ def test_the_corpus_asks_all_words_of_the_tasks_but_none_of_their_questions(
     seen = {w for text in (*phrases, *(s for _, s, _ in facts)) for w in words(text)}
     asked = {question for task in mini_vqa for question in task.load("train").questions}
     assert not {word for question in asked for word in words(question)} - seen
-    assert not asked & {CORPUS[kind][i].format(s) for kind, s, _ in facts for i in range(2)}
+    assert not asked & {phrase.format(s) for kind, s, _ in facts for phrase in CORPUS[kind]}
     answers = {answer for _, _, answer in facts}
     assert {answer for domain in DOMAINS for answer in domain.answers} <= answers
 

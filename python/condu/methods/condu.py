@@ -43,7 +43,7 @@ class ConDUFineTuning(Method):
                 rule=config.fusion.rule(),
                 state_dtype=getattr(torch, config.fusion.state_dtype),
             )
-        if not workspace.votes:
+        if not workspace.live.votes:
             self.protocols = ("task-id",)
 
     def learn(self, index: int) -> Learned:
@@ -60,7 +60,7 @@ class ConDUFineTuning(Method):
             fuse = time.perf_counter() - began
             self.fusion.save_pretrained(self._state)
         began = time.perf_counter()
-        if workspace.votes:
+        if workspace.live.votes:
             workspace.add_prototypes(task, self.fusion)
         evaluate = time.perf_counter() - began
         return Learned(train=finetuned.seconds, fuse=fuse, evaluate=evaluate)

@@ -39,11 +39,14 @@ class Scorer(Protocol):
 
 
 class LiveModel(Protocol):
-    """`frozen`: last parts of names of parameters that fine-tuning leaves alone. `lora_targets`:
-    names of the modules that get adapters. `collate`: examples to a batch; None for torch's own.
+    """`frozen`: patterns (fnmatch) of names of parameters that fine-tuning leaves alone.
+    `lora_targets`: names of the modules that get adapters. `votes`: whether experts can be chosen
+    by semantic voting, which compares features of images with prototypes: its scorer is then a
+    `condu.evaluation.Evaluator`. `collate`: examples to a batch; None for torch's own.
     """
 
     frozen: ClassVar[tuple[str, ...]]
+    votes: ClassVar[bool]
     lora_targets: ClassVar[tuple[str, ...]]
     task_type: ClassVar[type]
 

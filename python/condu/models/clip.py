@@ -35,7 +35,8 @@ class ClipModel:
     To the trainer it is a `condu.models.base.LiveModel`.
     """
 
-    frozen: ClassVar[tuple[str, ...]] = ("logit_scale", "logit_bias")
+    frozen: ClassVar[tuple[str, ...]] = ("*logit_scale", "*logit_bias")
+    votes: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = ("c_fc", "c_proj")
     task_type: ClassVar[type] = Task
     collate: ClassVar[None] = None

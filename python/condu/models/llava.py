@@ -53,7 +53,9 @@ class VqaModel:
     To the trainer it is a ``condu.models.base.LiveModel``.
     """
 
-    frozen: ClassVar[tuple[str, ...]] = ()
+    frozen: ClassVar[tuple[str, ...]] = ("*.post_layernorm.*",)
+    """The vision tower's last norm: LLaVA reads the tower before it, so it gets no gradient."""
+    votes: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
     task_type: ClassVar[type] = VqaTask
 
@@ -152,10 +154,10 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class _TestSet:
-    """pixels float32 [N, 3, H, W]; prompts and mask int64 [N, L], padded on the left; the answers
-    and the most tokens that one of them needs."""
+    """samples of (image, question, answer); prompts and mask int64 [N, L], padded on the left; the
+    answers and the most tokens that one of them needs."""
 
-    pixels: Tensor
+    samples: Any
     prompts: Tensor
     mask: Tensor
     answers: list[str]
@@ -165,7 +167,8 @@ class _TestSet:
 class VqaEvaluator:
     """Accuracy of the weights that ``vqa.model`` holds at the moment on the tests of ``benchmark``.
 
-    Test inputs stay in host memory, decoded; batches go to the device of the model's parameters.
+    Prompts and answers stay in host memory, images are read for each batch anew. Batches go to the
+    device of the model's parameters.
     """
 
     def __init__(self, vqa: VqaModel, benchmark: Benchmark, *, batch_size: int) -> None:
@@ -203,8 +206,12 @@ class VqaEvaluator:
         with inference(model):
             for start in range(0, len(test.answers), self._batch_size):
                 part = slice(start, start + self._batch_size)
+                pixels = [
+                    self.vqa.test_transform(test.samples[i][0])
+                    for i in range(len(test.answers))[part]
+                ]
                 tokens = generate(
-                    pixel_values=test.pixels[part].to(device),
+                    pixel_values=torch.stack(pixels).to(device),
                     input_ids=test.prompts[part].to(device),
                     attention_mask=test.mask[part].to(device),
                     max_new_tokens=test.longest,
@@ -218,19 +225,19 @@ class VqaEvaluator:
 
     def _test_set(self, task: VqaTask) -> _TestSet:
         if task.name not in self._tests:
-            source: Any = task.load("test")
-            samples = [source[i] for i in range(len(source))]
-            if not samples:
+            samples: Any = task.load("test")
+            if not len(samples):
                 raise ValueError(f"task {task.name!r}: the test set is empty")
+            texts = [samples[i][1:] for i in range(len(samples))]
             vqa = self.vqa
-            prompts = [torch.tensor(vqa.encode(vqa.prompt.format(q))) for _, q, _ in samples]
+            prompts = [torch.tensor(vqa.encode(vqa.prompt.format(q))) for q, _ in texts]
             pad = vqa.tokenizer.pad_token_id
             self._tests[task.name] = _TestSet(
-                pixels=torch.stack([vqa.test_transform(image) for image, _, _ in samples]),
+                samples=samples,
                 prompts=_left_padded(prompts, pad),
                 mask=_left_padded([torch.ones_like(row) for row in prompts], 0),
-                answers=[answer for _, _, answer in samples],
-                longest=max(len(vqa.encode(answer)) for _, _, answer in samples) + 1,
+                answers=[answer for _, answer in texts],
+                longest=max(len(vqa.encode(answer)) for _, answer in texts) + 1,
             )
         return self._tests[task.name]
 
