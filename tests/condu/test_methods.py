@@ -231,16 +231,16 @@ def three_tasks(out: Path, **changes: Any) -> ContinualTrainer:
 def test_merging_knows_how_many_tasks_there_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+    weights: list[float] = []
     average_ = condu_ext.average_
 
-    def watched(g: dict[str, torch.Tensor], w: dict[str, torch.Tensor], weight: float) -> None:
-        seen.append((weight, {n: v.clone() for n, v in g.items()}, dict(w)))
+    def watched(g: Any, w: Any, weight: float) -> None:
+        weights.append(weight)
         average_(g, w, weight)
 
     monkeypatch.setattr(condu_ext, "average_", watched)
     three_tasks(tmp_path / "run").run()
-    assert [weight for weight, _, _ in seen] == [1 / 2, 2 / 3]
+    assert weights == [1 - 1 / 2, 1 - 1 / 3]
 
 
 def test_a_kill_right_after_merging_merges_nothing_again(
