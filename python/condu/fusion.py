@@ -229,10 +229,10 @@ class ConDU:
 
     def reset(self) -> None:
         """Write θ_0 into the live model. Fine-tuned weights that were not absorbed are lost.
-        RuntimeError inside an ``expert`` block.
+        RuntimeError inside an ``expert`` block, or while the adapter of a PEFT model is merged.
         """
         self._refuse_in_expert_block("reset()")
-        self._space.check()
+        self._space.check_writable()
         self._restore(self._live(), self._base)
         self._space.show_base()
         self._active = None
@@ -242,7 +242,8 @@ class ConDU:
         """The model with the task's decoupled weights; θ_0 is back at the end of the block, also
         after an error.
 
-        RuntimeError while an expert is active already: blocks do not nest.
+        RuntimeError while an expert is active already: blocks do not nest. When θ_0 cannot be
+        written after an error in the block, that error is raised, and a warning says the rest.
         """
         if self._active is not None:
             raise RuntimeError(
@@ -252,9 +253,15 @@ class ConDU:
         self._in_expert_block = True
         try:
             yield self._space.model
-        finally:
+        except BaseException:
             self._in_expert_block = False
-            self.reset()
+            try:
+                self.reset()
+            except Exception as failure:  # must not take the place of the caller's error
+                warnings.warn(f"expert {task!r} is still active: {failure}", stacklevel=3)
+            raise
+        self._in_expert_block = False
+        self.reset()
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the state with fingerprints of θ_0 (not θ_0 itself) into a directory; crash-safe,

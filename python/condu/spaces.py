@@ -55,6 +55,9 @@ class WeightSpace:
     def check(self) -> None:
         """Raises RuntimeError if the live weights do not mean now what the state holds."""
 
+    def check_writable(self) -> None:
+        """Raises RuntimeError if the live weights hold more than can be written over."""
+
     def named(self) -> dict[str, Tensor]:
         """Every live parameter and persistent buffer, by its name in the state."""
         return named_tensors(self.model)

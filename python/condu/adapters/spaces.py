@@ -38,6 +38,9 @@ class FactorSpace(WeightSpace):
                 f" start: {min(changed)!r}"
             )
 
+    def check_writable(self) -> None:
+        self.layers.check_unmerged()
+
     def named(self) -> dict[str, Tensor]:
         return named_tensors(self.model, self.layers.namer())
 
@@ -135,6 +138,10 @@ class ProductSpace(FactorSpace):
     def check(self) -> None:
         if not self._shows_expert:
             super().check()
+
+    def check_writable(self) -> None:
+        if not self._shows_expert:
+            super().check_writable()
 
     def candidates(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         buffers = {n: t for n, t in super().candidates(named).items() if not is_parameter(t)}
