@@ -16,8 +16,6 @@ from condu.live import changeable, named_tensors
 from condu_ext import UnifiedDelta
 
 AdapterSpace = Literal["factors", "product"]
-FROZEN_WEIGHTS = "(frozen weights)"
-"""Key in ``UnifiedDelta.base_fingerprints`` of what a state over adapters does not hold itself."""
 
 
 def space_of(model: nn.Module, adapters: AdapterSpace) -> WeightSpace:
