@@ -53,13 +53,19 @@ def extract(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a task's expert as a LoRA adapter that PEFT loads."""
+    """Write a task's expert as a LoRA adapter that PEFT loads.
+
+    With --svd-rank, weights are taken for those of linear layers and attentions: a state of
+    products does not say which are of embeddings or of transformers' Conv1D, for which the adapter
+    would be wrong.
+    """
     with errors("extract-adapter", debug):
         from condu.adapters import extract_adapter
 
         loss = extract_adapter(state, task, out, init=init, svd_rank=svd_rank)
         print(f"{out}: the expert of task {task!r}")
         if loss is not None:
+            print("all weights are taken for those of linear layers and attentions")
             print(
                 f"rank {svd_rank} leaves out {100 * loss.total:.3g} % of the energy,"
                 f" {100 * loss.worst:.3g} % of {loss.worst_weight}, the worst"

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import condu_ext as cx
-from condu.live import changeable, copies, devices_of, is_parameter, matches, write
-from condu.spaces import FROZEN_WEIGHTS, AdapterSpace, WeightSpace, holds_factors, space_of
+from condu.checkpoint import Checkpoint, record_base
+from condu.live import copies, devices_of, is_parameter, matches, write
+from condu.spaces import AdapterSpace, WeightSpace, space_of
 from condu_ext import FusionRule, UnifiedDelta
-from condu_ext.manifest import read_manifest
-from condu_ext.sharding import is_sharded, local_part, mesh_of
+from condu_ext.sharding import is_sharded, local_part
 
 _DEFAULT_RULE = FusionRule()
 
@@ -229,10 +228,10 @@ class ConDU:
 
     def reset(self) -> None:
         """Write θ_0 into the live model. Fine-tuned weights that were not absorbed are lost.
-        RuntimeError inside an ``expert`` block.
+        RuntimeError inside an ``expert`` block, or while the adapter of a PEFT model is merged.
         """
         self._refuse_in_expert_block("reset()")
-        self._space.check()
+        self._space.check_writable()
         self._restore(self._live(), self._base)
         self._space.show_base()
         self._active = None
@@ -242,7 +241,8 @@ class ConDU:
         """The model with the task's decoupled weights; θ_0 is back at the end of the block, also
         after an error.
 
-        RuntimeError while an expert is active already: blocks do not nest.
+        RuntimeError while an expert is active already: blocks do not nest. When θ_0 cannot be
+        written after an error in the block, that error is raised, and a warning says the rest.
         """
         if self._active is not None:
             raise RuntimeError(
@@ -252,20 +252,21 @@ class ConDU:
         self._in_expert_block = True
         try:
             yield self._space.model
-        finally:
+        except BaseException:
             self._in_expert_block = False
-            self.reset()
+            try:
+                self.reset()
+            except Exception as failure:  # must not take the place of the caller's error
+                warnings.warn(f"expert {task!r} is still active: {failure}", stacklevel=3)
+            raise
+        self._in_expert_block = False
+        self.reset()
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the state with fingerprints of θ_0 (not θ_0 itself) into a directory; crash-safe,
         see ``UnifiedDelta.save``.
         """
-        known = self.state.base_fingerprints
-        if not known:
-            self.state.record_base(self.pretrained)
-            known = self.state.base_fingerprints
-        if FROZEN_WEIGHTS not in known and (frozen := self._space.frozen_fingerprint(self._base)):
-            known[FROZEN_WEIGHTS] = frozen
+        record_base(self.state, self._space, self.pretrained, self._base)
         self.state.save(path)
 
     @classmethod
@@ -284,45 +285,15 @@ class ConDU:
         also knows the weights under them. Only one that was made from saved adapters in the space
         of products knows nothing of θ_0: a warning says so.
         """
-        where = os.fspath(path)
-        fused = [entry.name for entry in read_manifest(Path(path)).spec.tensors]
-        space = space_of(model, "factors" if holds_factors(fused) else "product")
-        named = space.named()
-        state = UnifiedDelta.load(path, like=named if mesh_of(named) else None)
-        try:
-            space.match(state, named)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        # a state without tasks knows its private tensors by pattern only
-        names = {n for n in changeable(named) if matches(n, state.spec.private)}.union(
-            state.delta, *(state.private(task) for task in state.tasks)
-        )
-        for name in sorted(names):
-            if name not in named:
-                raise KeyError(f"{where}: the model has no tensor {name!r}")
+        checkpoint = Checkpoint.read(path, model)
         fusion = cls.__new__(cls)
-        fusion._remember(space, named, names, offload)
-        fusion._verify_base(state, where)
+        fusion._remember(checkpoint.space, checkpoint.named, checkpoint.names, offload)
+        checkpoint.verify_base(fusion.pretrained, fusion._base)
+        state = checkpoint.state
         devices = devices_of(fusion.pretrained)
         moved = len(devices) == 1 and devices != devices_of(state.delta)
         fusion.state = state.to(devices.pop()) if moved else state
         return fusion
-
-    def _verify_base(self, state: UnifiedDelta, where: str) -> None:
-        if not state.base_fingerprints and not self._space.needs_base:
-            warnings.warn(
-                f"{where}: the state has no fingerprint of its base model, so nothing can tell"
-                " whether this is the model that its adapters were trained on",
-                stacklevel=3,
-            )
-            return
-        state.verify_base(self.pretrained)
-        frozen = state.base_fingerprints.get(FROZEN_WEIGHTS)
-        if frozen and self._space.frozen_fingerprint(self._base) not in (None, frozen):
-            raise ValueError(
-                f"{where}: the weights under the adapter, or its scale, differ from those that the"
-                " state was made over"
-            )
 
     def _write_expert(self, task: str) -> None:
         self._space.check()

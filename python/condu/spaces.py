@@ -16,8 +16,6 @@ from condu.live import changeable, named_tensors
 from condu_ext import UnifiedDelta
 
 AdapterSpace = Literal["factors", "product"]
-FROZEN_WEIGHTS = "(frozen weights)"
-"""Key in ``UnifiedDelta.base_fingerprints`` of what a state over adapters does not hold itself."""
 
 
 def space_of(model: nn.Module, adapters: AdapterSpace) -> WeightSpace:
@@ -54,6 +52,9 @@ class WeightSpace:
 
     def check(self) -> None:
         """Raises RuntimeError if the live weights do not mean now what the state holds."""
+
+    def check_writable(self) -> None:
+        """Raises RuntimeError if the live weights hold more than can be written over."""
 
     def named(self) -> dict[str, Tensor]:
         """Every live parameter and persistent buffer, by its name in the state."""

@@ -25,6 +25,9 @@ EXTRA = {
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+# a dtype that nothing can be made of is a TypeError
+_USERS = (ValueError, TypeError, KeyError, OSError, RuntimeError, FloatingPointError)
+
 
 @contextmanager
 def errors(command: str, debug: bool) -> Iterator[None]:
@@ -38,7 +41,7 @@ def errors(command: str, debug: bool) -> Iterator[None]:
         raise typer.Exit(2) from None
     except typer.Exit:  # a RuntimeError too
         raise
-    except (ValueError, KeyError, OSError, RuntimeError, FloatingPointError) as error:
+    except _USERS as error:
         if debug:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error

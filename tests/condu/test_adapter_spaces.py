@@ -219,12 +219,11 @@ def test_adapters_that_transformers_adds_itself(space: Any) -> None:
     assert not torch.allclose(answer(model), expected, atol=1e-4)
     with fusion.expert("a"):
         torch.testing.assert_close(answer(model), expected, atol=1e-5, rtol=1e-4)
-    ends = (
-        {"q_proj.lora_A.weight", "q_proj.lora_B.weight"}
-        if space == "factors"
-        else {"q_proj.weight"}
-    )
-    assert {".".join(n.split(".")[4:]) for n in fusion.state.delta} == ends
+    ends = ["lora_A.weight", "lora_B.weight"] if space == "factors" else ["weight"]
+    prefix = "base_model.model." if space == "factors" else ""
+    assert set(fusion.state.delta) == {
+        f"{prefix}model.layers.{layer}.self_attn.q_proj.{end}" for layer in (0, 1) for end in ends
+    }
 
 
 @pytest.mark.parametrize("space", SPACES)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import condu_ext as cx
-from condu.adapters.folder import PREFIX, AdapterFolder
+from condu.adapters.folder import AdapterFolder
+from condu.adapters.likeness import check_alike
 from condu.spaces import holds_factors
 from condu_ext import UnifiedDelta
 
@@ -40,19 +42,36 @@ def absorb_adapter(
         FileNotFoundError: no adapter there.
         ValueError: the task is in the state already; the state is one of the other space, or over
             another base model or start; other target_modules, another rank or scale; an adapter
-            that :class:`AdapterFolder` or the space cannot take. The checkpoint is as it was.
+            that was not trained, or that :class:`AdapterFolder` or the space cannot take.
+        TypeError: a tensor of a dtype that cannot be absorbed.
+        RuntimeError: another process is absorbing into the checkpoint.
+        In all cases the checkpoint is as it was.
     """
     path = Path(state)
     folder = AdapterFolder.read(adapter)
     start = None if init is None else AdapterFolder.read(init)
-    with _alone_beside(path):
-        return _absorb(path, folder, start, task)
+    new = None
+    if not _is_state(path):  # asked before the first file is made, so that bad input makes none
+        new = _absorbed(None, path, folder, start, task)
+    with _lock_beside(path):
+        if new is None or _is_state(path):
+            new = _absorbed(UnifiedDelta.load(path), path, folder, start, task)
+        new.save(path)
+    return new
 
 
-def _absorb(
-    path: Path, folder: AdapterFolder, start: AdapterFolder | None, task: str
+def _is_state(path: Path) -> bool:
+    return (path / "config.json").exists()
+
+
+def _absorbed(
+    old: UnifiedDelta | None,
+    path: Path,
+    folder: AdapterFolder,
+    start: AdapterFolder | None,
+    task: str,
 ) -> UnifiedDelta:
-    old = UnifiedDelta.load(path) if (path / "config.json").exists() else None
+    """The state at ``path`` with the task; ``old`` is what is there."""
     if old is not None:
         old.check_new_task(task)
         check_space(old, path, start)
@@ -64,7 +83,7 @@ def _absorb(
         before_name = os.fspath(path)
     else:
         model, before, before_name = folder.tensors, start.tensors, os.fspath(start.path)
-    _check_alike(folder, model, before_name, before)
+    check_alike(os.fspath(folder.path), model, before_name, before)
     if start is not None and folder.scales() != start.scales():
         scales, others = folder.scales(), start.scales()
         weight = next(name for name in scales if scales[name] != others[name])
@@ -85,23 +104,36 @@ def _absorb(
             f"{folder.path}: trained on {base_name!r}, but the state's base model is"
             f" {old.base_name!r}; if they are one, say so in its adapter_config.json"
         )
-    new = cx.absorb(old, task, model, None if start is None else start.tensors)
-    new.save(path)
-    return new
+    _check_trained(folder, model, start)
+    return cx.absorb(old, task, model, None if start is None else start.tensors)
+
+
+def _check_trained(
+    folder: AdapterFolder, model: Mapping[str, Tensor], start: AdapterFolder | None
+) -> None:
+    if start is None:
+        if not any(delta.any() for delta in model.values()):
+            raise ValueError(f"{folder.path} was not trained: B·A is zero in all layers")
+    elif all(torch.equal(tensor, start.tensors[name]) for name, tensor in model.items()):
+        raise ValueError(f"{folder.path} was not trained: all tensors are those of {start.path}")
 
 
 @contextmanager
-def _alone_beside(path: Path) -> Iterator[None]:
-    """Others that absorb into a checkpoint beside this one wait: between reading a state and
-    writing the next, a task of theirs would be lost.
+def _lock_beside(path: Path) -> Iterator[None]:
+    """Others that absorb into this checkpoint are refused: between reading a state and writing
+    the next, a task of theirs would be lost. The state's own lock is held while it is written only.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    place = path.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    file = place.with_name(f".{place.name}.lock")
+    with open(file, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"{file} is locked: another process is absorbing into {path}"
+            ) from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def check_space(state: UnifiedDelta, path: Path, start: AdapterFolder | None) -> None:
@@ -118,26 +150,3 @@ def check_space(state: UnifiedDelta, path: Path, start: AdapterFolder | None) ->
         )
     if not factors and start is not None:
         raise ValueError(f"{path} is a state of weights, not of LoRA factors: leave init out")
-
-
-def _check_alike(
-    folder: AdapterFolder,
-    model: Mapping[str, Tensor],
-    other: str,
-    tensors: Mapping[str, Tensor],
-) -> None:
-    ours, theirs = _layers(model), _layers(tensors)
-    if ours != theirs:
-        layer = min(ours ^ theirs)
-        having, lacking = (folder.path, other) if layer in ours else (other, folder.path)
-        raise ValueError(f"{having} has layer {layer!r}, {lacking} does not: other target_modules")
-    for name, tensor in tensors.items():
-        if name in model and model[name].shape != tensor.shape:
-            raise ValueError(
-                f"{folder.path}, tensor {name!r}: shape {tuple(model[name].shape)}, but in {other}"
-                f" {tuple(tensor.shape)}: another rank, or another base model"
-            )
-
-
-def _layers(names: Iterable[str]) -> set[str]:
-    return {name.partition(".lora_")[0].removeprefix(PREFIX) for name in names}

@@ -19,12 +19,12 @@ from condu.adapters.absorb import check_space
 from condu.adapters.folder import (
     CONFIG,
     OUTPUT_PROJECTION,
-    PREFIX,
     TENSORS,
     AdapterFolder,
     exactly,
 )
 from condu.adapters.layers import output_projection_count
+from condu.adapters.names import PREFIX
 from condu_ext import UnifiedDelta
 from condu_ext.files import PART, sync
 
@@ -108,10 +108,11 @@ def _of_low_rank(
         attention = name.removesuffix(".out_proj.weight")
         if attention in attentions:
             layer = attention + OUTPUT_PROJECTION
-            delta = delta / output_projection_count()
         else:
             layers.append(layer)
         a, b, energy[name], lost[name] = _truncated(delta, rank)
+        if attention in attentions:
+            b /= output_projection_count()
         tensors[f"{PREFIX}{layer}.lora_A.weight"] = a
         tensors[f"{PREFIX}{layer}.lora_B.weight"] = b
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly(layers))

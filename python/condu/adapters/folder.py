@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from condu.adapters.layers import LoraLayers
+from condu.adapters.names import PREFIX
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 OUTPUT_PROJECTION = ".base_layer.out_proj"
 """What PEFT appends to an attention's name for the factors of its output projection."""
 _PICKLE = "adapter_model.bin"
@@ -53,7 +53,8 @@ class AdapterFolder:
 
         Raises:
             FileNotFoundError: it holds no adapter.
-            ValueError: one that is pickled, of another kind than LoRA, or damaged.
+            ValueError: one that is pickled, of another kind than LoRA, damaged or empty, or that
+                adapts parameters without a layer of their own (``target_parameters``).
         """
         folder = Path(path)
         if not (folder / CONFIG).is_file():
@@ -78,23 +79,46 @@ class AdapterFolder:
                     f"{folder / CONFIG}: {field.name} (DoRA and its like) changes the weights by"
                     " more than the product of factors, so it cannot be fused"
                 )
+        if config.target_parameters:
+            raise ValueError(
+                f"{folder / CONFIG}: target_parameters={config.target_parameters!r} adapts"
+                " parameters that are no layer's weight, so it cannot be fused"
+            )
         try:
-            return cls(folder, config, load_file(folder / TENSORS))
+            tensors = load_file(folder / TENSORS)
         except SafetensorError as error:
             raise ValueError(f"{folder / TENSORS}: {error}") from None
+        if not tensors:
+            raise ValueError(f"{folder / TENSORS} holds no tensor")
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise ValueError(
+                    f"{folder / TENSORS}: tensor {name!r} is {tensor.dtype}, a factor is floating"
+                    " point"
+                )
+        return cls(folder, config, tensors)
 
     def deltas(self) -> dict[str, Tensor]:
         """What the adapter adds to each weight: s·B·A, fp32, by the weight's name in the model
         without adapters.
 
         Raises:
-            ValueError: an adapter that changes more than that, or whose start did.
+            ValueError: an adapter that changes more than that, or whose start did; or layers whose
+                weights a state of products would take for those of linear ones, transposed:
+                embeddings, and transformers' Conv1D.
         """
         if self.config.init_lora_weights not in _KEEP_THE_BASE:
             raise ValueError(
                 f"{self.path / CONFIG}: init_lora_weights={self.config.init_lora_weights!r} changes"
                 " the base weights when the adapter is made, and the folder does not hold them"
             )
+        for layer, pair in self._factors().items():
+            if "embedding" in pair or self.config.fan_in_fan_out:
+                kind = "an embedding" if "embedding" in pair else "a Conv1D (fan_in_fan_out)"
+                raise ValueError(
+                    f"{self.path}: layer {layer!r} is {kind}, whose weight is transposed; a state"
+                    " of products does not know that. Absorb it with init, or from the live model"
+                )
         return self._layers.deltas()
 
     def scales(self) -> dict[str, float]:

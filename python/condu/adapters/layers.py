@@ -62,21 +62,26 @@ class LoraLayers:
 
     def check_in_use(self) -> None:
         """Raises RuntimeError unless the adapter alone acts on the model, through its factors."""
-        for name, layer in self._all():
+        self.check_unmerged()
+        for _, layer in self._all():
             if list(layer.active_adapters) != [self.adapter]:
                 found = " and ".join(map(repr, layer.active_adapters)) or "none"
                 raise RuntimeError(
                     f"adapter {self.adapter!r} must be the active one, but {found} is:"
                     f" call set_adapter({self.adapter!r})"
                 )
+            if layer.disable_adapters:
+                raise RuntimeError(
+                    f"adapter {self.adapter!r} is disabled: call enable_adapter_layers()"
+                )
+
+    def check_unmerged(self) -> None:
+        """Raises RuntimeError if an adapter is merged into the weights under it."""
+        for name, layer in self._all():
             if layer.merged:
                 raise RuntimeError(
                     f"adapter {' and '.join(map(repr, layer.merged_adapters))} is merged into the"
                     f" weights of layer {name!r}: call unmerge_adapter()"
-                )
-            if layer.disable_adapters:
-                raise RuntimeError(
-                    f"adapter {self.adapter!r} is disabled: call enable_adapter_layers()"
                 )
 
     def weights(self) -> dict[str, LoraLayer]:

@@ -9,6 +9,9 @@ from torch import nn
 
 from condu.live import canonical_name
 
+PREFIX = "base_model.model."
+"""What the names of an adapter's tensors on disk begin with."""
+
 
 class StateNames:
     """Names of live tensors in the state: what belongs to the adapter is named as PEFT saves it,
@@ -23,9 +26,13 @@ class StateNames:
             for name, module in model.named_modules(remove_duplicate=False)
             if isinstance(module, kinds)
         }
+        self._wrapped = any(isinstance(owner, PeftModel) for owner in self._owners.values())
 
     def __call__(self, name: str) -> str:
-        return canonical_name(self._saved_by_peft(name) or self._without_adapters(name))
+        if saved := self._saved_by_peft(name):
+            # transformers' own add_adapter makes no PeftModel, but saves as if there were one
+            return canonical_name(saved) if self._wrapped else PREFIX + canonical_name(saved)
+        return canonical_name(self._without_adapters(name))
 
     def is_adapters(self, name: str) -> bool:
         """Whether a live tensor belongs to an adapter, this or another one."""

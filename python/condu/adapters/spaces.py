@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor, nn
 
 from condu.adapters.layers import LoraLayers, check_product, factors_of
+from condu.adapters.likeness import check_alike
 from condu.live import is_parameter, named_tensors
 from condu.spaces import WeightSpace, holds_factors
 from condu_ext import UnifiedDelta
@@ -38,6 +39,9 @@ class FactorSpace(WeightSpace):
                 f" start: {min(changed)!r}"
             )
 
+    def check_writable(self) -> None:
+        self.layers.check_unmerged()
+
     def named(self) -> dict[str, Tensor]:
         return named_tensors(self.model, self.layers.namer())
 
@@ -53,21 +57,9 @@ class FactorSpace(WeightSpace):
         return self.layers.factors(named)
 
     def match(self, state: UnifiedDelta, named: Mapping[str, Tensor]) -> None:
-        ours = {self._layer(name) for name in self.indispensable(named)}
-        theirs = {self._layer(name) for name in state.delta if self._is_adapted(name)}
-        adapter = f"adapter {self.layers.adapter!r}"
-        if ours != theirs:
-            layer = min(ours ^ theirs)
-            having, lacking = (adapter, "the state") if layer in ours else ("the state", adapter)
-            raise ValueError(
-                f"{having} has layer {layer!r}, {lacking} does not: other target_modules"
-            )
-        for name, delta in state.delta.items():
-            if name in named and named[name].shape != delta.shape:
-                raise ValueError(
-                    f"{adapter}, tensor {name!r}: shape {tuple(named[name].shape)}, but in the"
-                    f" state {tuple(delta.shape)}: another rank, or another base model"
-                )
+        ours = {name: named[name] for name in self.indispensable(named)}
+        theirs = {name: delta for name, delta in state.delta.items() if self._is_adapted(name)}
+        check_alike(f"adapter {self.layers.adapter!r}", ours, "the state", theirs)
 
     def restored(self, named: Mapping[str, Tensor]) -> set[str]:
         return super().restored(named) | self._rewritten()
@@ -99,9 +91,6 @@ class FactorSpace(WeightSpace):
 
     def _is_adapted(self, name: str) -> bool:
         return holds_factors([name])
-
-    def _layer(self, name: str) -> str:
-        return name.partition(".lora_")[0]
 
 
 class ProductSpace(FactorSpace):
@@ -136,6 +125,10 @@ class ProductSpace(FactorSpace):
         if not self._shows_expert:
             super().check()
 
+    def check_writable(self) -> None:
+        if not self._shows_expert:
+            super().check_writable()
+
     def candidates(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         buffers = {n: t for n, t in super().candidates(named).items() if not is_parameter(t)}
         return {name: named[name] for name in self.layers.weights()} | buffers
@@ -167,9 +160,6 @@ class ProductSpace(FactorSpace):
 
     def _is_adapted(self, name: str) -> bool:
         return True
-
-    def _layer(self, name: str) -> str:
-        return name
 
     def _refuse_ties(self) -> None:
         weights = self.layers.weights()
