@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import condu_ext as cx
-from condu.checkpoint import Checkpoint, record_base
 from condu.live import copies, devices_of, is_parameter, matches, write
+from condu.restoring import Checkpoint, record_base
 from condu.spaces import AdapterSpace, WeightSpace, space_of
 from condu_ext import FusionRule, UnifiedDelta
 from condu_ext.sharding import is_sharded, local_part
