@@ -26,6 +26,7 @@ def space_of(model: nn.Module, adapters: AdapterSpace) -> WeightSpace:
     Raises:
         ValueError: an unknown space, or adapters that cannot be fused in it.
         RuntimeError: the adapters are merged, disabled, or several are active.
+        TypeError: the weights under the adapters are sharded, in the product space.
     """
     if adapters not in ("factors", "product"):
         raise ValueError(f"space must be 'factors' or 'product', got {adapters!r}")
@@ -93,5 +94,6 @@ class WeightSpace:
         """Called when θ_0 has been written."""
 
     def frozen_fingerprint(self, base: Mapping[str, Tensor]) -> str | None:
-        """Digits that recognise the weights under the adapters; ``base`` overrides live ones."""
+        """Digits that recognise the weights under the adapters; ``base`` overrides live ones.
+        Collective if they are sharded."""
         return None
