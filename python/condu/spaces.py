@@ -70,7 +70,7 @@ class WeightSpace:
 
     def match(self, state: UnifiedDelta, named: Mapping[str, Tensor]) -> None:
         """Raises ValueError if a state is one of other adapters than the model's."""
-        if holds_factors(state.delta) and state.delta.keys().isdisjoint(named):
+        if holds_factors(state.spec.names) and named.keys().isdisjoint(state.spec.names):
             raise ValueError("the state holds LoRA factors, but the model carries no adapter")
 
     def restored(self, named: Mapping[str, Tensor]) -> set[str]:

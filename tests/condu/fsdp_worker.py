@@ -122,8 +122,43 @@ def fuse(rank: int, world: int, folder: Path) -> None:
             other.first.weight.to_local()[0, 0] += 1
     with pytest.raises(ValueError, match=r"'first.weight': differs from the base"):
         ConDU.from_pretrained(folder / "fused", other)
+    what_one_process_meets(fusion, model, rank == world - 1, folder)
     fuse_adapters(rank, world, folder / "adapters")
     dist.destroy_process_group()
+
+
+def what_one_process_meets(fusion: ConDU, model: Toy, last: bool, folder: Path) -> None:
+    """Errors and changes that one process alone can see reach the others."""
+    known = fusion.tasks
+
+    def broken(*_: object) -> None:
+        raise MemoryError("not enough memory")
+
+    for call in (
+        lambda: fusion.absorb("third"),
+        lambda: fusion.activate("cars"),
+        lambda: fusion.check_new_task("third"),
+        fusion.moved,
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if last:
+                patch.setattr(fusion, "_live", broken)
+            with pytest.raises(MemoryError, match="not enough memory"):
+                call()
+    assert fusion.tasks == known
+    place = folder / ("elsewhere" if last else "fused")
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        ConDU.from_pretrained(place, sharded_toy())
+
+    fusion.reset()
+    assert fusion.moved() == ()
+    with torch.no_grad():
+        model.logit_scale.to_local().add_(1)  # its one element is the first process's
+        if last:
+            model.first.weight.to_local()[0, 0] += 1
+    assert set(fusion.moved()) == {"first.weight", "logit_scale"}
+    with pytest.warns(UserWarning, match=r"changes of logit_scale are lost"):
+        fusion.absorb("third")
 
 
 def lora_toy(sharded: bool) -> nn.Module:
