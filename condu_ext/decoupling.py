@@ -36,19 +36,22 @@ def decouple(
     """
     with state.lock:
         with Step(state.spec.mesh) as step:
-            step.claims["the task"] = task
+            step.claims |= _claims(task, pretrained)
             base, kernels = _check_base(state, task, pretrained, backend)
-        local: list[Tensor] = []
-        for entry, theta_0, device in zip(state.spec.tensors, base, state.devices(), strict=True):
-            dtype = torch.float32 if theta_0 is None else theta_0.dtype
-            flat = torch.empty(entry.local_numel, dtype=dtype, device=device)
-            local.append(entry.unflatten(flat))
-        _write_expert(state, task, base, local, kernels)
-        out = {e.name: e.wrap(t) for e, t in zip(state.spec.tensors, local, strict=True)}
-        out |= {alias: out[target] for alias, target in state.spec.aliases.items()}
-        kept = state.spec.fixed | state.spec.private_names
-        out |= {name: t.clone() for name, t in (pretrained or {}).items() if name in kept}
-        return out | state.private(task)
+        with Step(state.spec.mesh):
+            local: list[Tensor] = []
+            places = zip(state.spec.tensors, base, state.devices(), strict=True)
+            for entry, theta_0, device in places:
+                dtype = torch.float32 if theta_0 is None else theta_0.dtype
+                flat = torch.empty(entry.local_numel, dtype=dtype, device=device)
+                local.append(entry.unflatten(flat))
+            _write_expert(state, task, base, local, kernels)
+            out = {e.name: e.wrap(t) for e, t in zip(state.spec.tensors, local, strict=True)}
+            out |= {alias: out[target] for alias, target in state.spec.aliases.items()}
+            kept = state.spec.fixed | state.spec.private_names
+            out |= {name: t.clone() for name, t in (pretrained or {}).items() if name in kept}
+            out |= state.private(task)
+        return out
 
 
 def decouple_(
@@ -74,7 +77,7 @@ def decouple_(
     """
     with state.lock:
         with Step(state.spec.mesh) as step:
-            step.claims["the task"] = task
+            step.claims |= _claims(task, pretrained)
             base, kernels = _check_base(state, task, pretrained, backend)
             targets = [t for t in resolve(state.spec, "out", out, "error") if t is not None]
             base_private = {
@@ -83,12 +86,17 @@ def decouple_(
             private = base_private | state.private_of(task)
             arenas = [arena.u for arena in state.arenas]
             check_writable(state.spec, out, targets, base, private, state.devices(), arenas)
-        with torch.no_grad():
+        with Step(state.spec.mesh), torch.no_grad():
             _write_expert(state, task, base, targets, kernels)
             for name, tensor in private.items():
                 local_part(out[name]).copy_(local_part(tensor))
         written = [*(out[n] for n in out if n not in state.spec.fixed)]
         torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+
+
+def _claims(task: str, pretrained: Model | None) -> dict[str, object]:
+    """What processes that share a model must agree on."""
+    return {"the task": task, "whether there is a pretrained model": pretrained is not None}
 
 
 def _check_base(

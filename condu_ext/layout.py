@@ -119,6 +119,11 @@ class ModelSpec:
     private_names: frozenset[str]
     mesh: DeviceMesh | None = None
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the fused tensors, then those that are tied to them."""
+        return [*(entry.name for entry in self.tensors), *self.aliases]
+
     def names_of(self, name: str) -> list[str]:
         """A fused tensor's own name and its aliases."""
         return [name, *(alias for alias, target in self.aliases.items() if target == name)]

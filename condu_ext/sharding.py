@@ -36,6 +36,11 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local().detach() if is_sharded(tensor) else tensor
 
 
+def has_copies(tensor: Tensor) -> bool:
+    """Whether processes of the mesh hold the same elements: plain, or replicated over some."""
+    return not is_sharded(tensor) or any(p.is_replicate() for p in tensor.placements)
+
+
 def mesh_of(*models: object) -> DeviceMesh | None:
     """The device mesh of the first sharded tensor; None if all are plain. Never raises, so that
     every process knows with whom to talk before it finds fault with its arguments."""

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from condu_ext import _C
 from condu_ext.collective import Step
 from condu_ext.files import replace, sync
 from condu_ext.fingerprint import file_fingerprint
+from condu_ext.gathering import visit_whole
 from condu_ext.layout import TensorSpec
 from condu_ext.manifest import (
     CONFIG,
@@ -40,7 +41,7 @@ from condu_ext.manifest import (
     read_manifest,
 )
 from condu_ext.reference import pack_bits
-from condu_ext.sharding import leads, whole
+from condu_ext.sharding import leads
 from condu_ext.unified import UnifiedDelta
 from condu_ext.views import logical_bits, mask_bits, shaped_mask
 
@@ -87,9 +88,16 @@ def save(state: UnifiedDelta, path: str | os.PathLike[str]) -> None:
                 for file in written:
                     file.unlink(missing_ok=True)
             raise
-        for name in os.listdir(directory) if writes else ():
-            if generation_of(name) is not None and name not in manifest.files:
-                (directory / name).unlink(missing_ok=True)
+        if writes:
+            with suppress(OSError):  # the new state is in force; the next save cleans up again
+                _remove_others(directory, manifest)
+
+
+def _remove_others(directory: Path, manifest: Manifest) -> None:
+    """Remove the data files that the folder's state does not list."""
+    for name in os.listdir(directory):
+        if generation_of(name) is not None and name not in manifest.files:
+            (directory / name).unlink(missing_ok=True)
 
 
 def _generation(directory: Path) -> int | None:
@@ -109,13 +117,19 @@ def _write_data(
     mesh = state.spec.mesh
     writes = leads(mesh)
 
-    def write(name: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def write(
+        name: str,
+        tensors: Iterable[tuple[str, Tensor]],
+        form: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
+    ) -> None:
+        contents: dict[str, Tensor] = {}
+
+        def keep(key: str, tensor: Tensor) -> None:
+            if writes:
+                contents[key] = form(key, tensor).detach().contiguous().cpu()
+
+        visit_whole(mesh, tensors, keep)
         with Step(mesh):
-            contents = {}
-            for key, tensor in tensors:
-                everything = whole(tensor)
-                if writes:
-                    contents[key] = everything.detach().contiguous().cpu()
             if not writes:
                 return
             file = directory / name
@@ -134,13 +148,15 @@ def _write_data(
         write(
             f"unified-{generation}-{label}.safetensors", ((e.name, delta[e.name]) for e in entries)
         )
+    specs = {entry.name: entry for entry in state.spec.tensors}
     tasks = []
     for number, task in enumerate(state.tasks):
         bits = mask_bits(state.spec, state.arenas, number)
         for entries, label in zip(shards, numbering, strict=True):
             write(
                 f"triggers-{generation}-{number}-{label}.safetensors",
-                ((e.name, _whole_bits(e, bits[e.name])) for e in entries),
+                ((e.name, _mask(e, bits[e.name])) for e in entries),
+                lambda name, mask: _packed(specs[name], mask),
             )
         if private := state.private_of(task):
             write(f"private-{generation}-{number}-00001-of-00001.safetensors", private.items())
@@ -159,11 +175,14 @@ def _write_data(
     )
 
 
-def _whole_bits(entry: TensorSpec, bits: Tensor) -> Tensor:
-    """The packed mask of a whole tensor in logical order, from the local part's bits."""
-    if entry.shard is None:
-        return logical_bits(entry, bits)
-    return pack_bits(whole(shaped_mask(entry, bits)).reshape(-1))
+def _mask(entry: TensorSpec, bits: Tensor) -> Tensor:
+    """What there is to gather of a mask: elements of a sharded tensor's, a plain one's bits."""
+    return bits if entry.shard is None else shaped_mask(entry, bits)
+
+
+def _packed(entry: TensorSpec, mask: Tensor) -> Tensor:
+    """The packed mask of a whole tensor in logical order, from all that :func:`_mask` gave."""
+    return logical_bits(entry, mask) if entry.shard is None else pack_bits(mask.reshape(-1))
 
 
 def _shards(state: UnifiedDelta) -> list[list[TensorSpec]]:

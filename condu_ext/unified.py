@@ -128,7 +128,10 @@ class UnifiedDelta:
 
     @property
     def delta(self) -> dict[str, Tensor]:
-        """The unified delta by tensor name, tied names included: views of the state's memory."""
+        """The unified delta by tensor name, tied names included: views of the state's memory. What
+        is kept in host memory under a mesh of GPUs shows as a copy on the GPU, for a DTensor is
+        where its mesh is.
+        """
         with self.lock:
             self.check_whole()
             return views.unified_delta(self.spec, self.arenas)

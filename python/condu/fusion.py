@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,11 @@ from condu.live import copies, devices_of, is_parameter, matches, write
 from condu.restoring import Checkpoint, record_base
 from condu.spaces import AdapterSpace, WeightSpace, space_of
 from condu_ext import FusionRule, UnifiedDelta
-from condu_ext.sharding import is_sharded, local_part
+from condu_ext.collective import Step
+from condu_ext.sharding import is_sharded, local_part, mesh_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _DEFAULT_RULE = FusionRule()
 
@@ -61,7 +65,9 @@ class ConDU:
 
     A module that FSDP2's ``fully_shard`` spread over processes is one whose ``ConDU`` is made after
     that, in every process, and every process makes the same calls: each keeps its parts of θ_0 and
-    of the state. An error in one is raised in all.
+    of the state. An error in one is raised in all. BatchNorm statistics are no shards but each
+    process's own, under DistributedDataParallel too: make them equal (SyncBatchNorm) or freeze them
+    where experts must be alike in all processes.
 
     ``state`` is the ``condu_ext.UnifiedDelta``; its ``drop`` and ``rename`` may be used at any
     time.
@@ -167,11 +173,15 @@ class ConDU:
         would be trained and never return to θ_0). KeyError: the model lost a tensor. RuntimeError:
         an expert is active.
         """
-        self._refuse_active_expert(task)
-        self._space.check()
-        self.state.check_new_task(task)
-        live = self._live()
-        for name in self.state.delta:
+        with Step(self._mesh):
+            self._refuse_active_expert(task)
+            self._space.check()
+            self.state.check_new_task(task)
+            self._check_trained(task, self._live())
+
+    def _check_trained(self, task: str, live: Mapping[str, Tensor]) -> None:
+        """Raises ValueError if what requires grad is not what can be absorbed."""
+        for name in self.state.spec.names:
             dtype, base = live[name].dtype, self._base[name].dtype
             if torch.promote_types(dtype, base) != dtype:
                 raise ValueError(
@@ -187,9 +197,10 @@ class ConDU:
                 )
 
     def moved(self) -> tuple[str, ...]:
-        """The trainable parameters whose live values are not θ_0."""
-        live = self._live()
-        return tuple(n for n in self._base if live[n].requires_grad and self._differs(live, n))
+        """The trainable parameters whose live values are not θ_0, in any process."""
+        with Step(self._mesh):
+            live = self._live()
+        return tuple(self._differing(live, [n for n in self._base if live[n].requires_grad]))
 
     def absorb(self, task: str) -> None:
         """Take the live weights as the task's fine-tuned model into the state, and return the model
@@ -200,15 +211,16 @@ class ConDU:
         weights are what they were. RuntimeError while an expert is active, or while the adapter of
         a PEFT model is merged, disabled, or not the one active.
         """
-        self._refuse_active_expert(task)
-        self._space.check()
-        self.state.check_new_task(task)
-        live = self._live()
-        finetuned, base = self._space.finetuned(live, self.pretrained)
-        if devices_of(finetuned) != devices_of(self.pretrained):
-            finetuned = copies(finetuned, torch.device("cpu"))
+        with Step(self._mesh):
+            self._refuse_active_expert(task)
+            self._space.check()
+            self.state.check_new_task(task)
+            live = self._live()
+            finetuned, base = self._space.finetuned(live, self.pretrained)
+            if devices_of(finetuned) != devices_of(self.pretrained):
+                finetuned = copies(finetuned, torch.device("cpu"))
         self.state = cx.absorb(self.state, task, finetuned, base)
-        lost = self._space.losses(self._changed_outside(live))
+        lost = self._space.losses(self._differing(live, self._outside()))
         self._restore(live, self._base)
         if lost:
             warnings.warn(
@@ -264,7 +276,7 @@ class ConDU:
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the state with fingerprints of θ_0 (not θ_0 itself) into a directory; crash-safe,
-        see ``UnifiedDelta.save``.
+        see ``UnifiedDelta.save``. All processes of a sharded module call it, and one of any other.
         """
         record_base(self.state, self._space, self.pretrained, self._base)
         self.state.save(path)
@@ -278,7 +290,7 @@ class ConDU:
         offload: Literal["cpu"] | None = None,
     ) -> ConDU:
         """Read a saved state for a model that holds the same θ_0; which tensors belong to it is
-        what the state says.
+        what the state says. All processes of a sharded module call it, with one folder.
 
         KeyError when the model lacks one of them, ValueError naming the first tensor that is not
         the one it was saved with, or the adapted layer or rank that differs. A state over adapters
@@ -287,17 +299,19 @@ class ConDU:
         """
         checkpoint = Checkpoint.read(path, model)
         fusion = cls.__new__(cls)
-        fusion._remember(checkpoint.space, checkpoint.named, checkpoint.names, offload)
+        with Step(mesh_of(checkpoint.named)):
+            fusion._remember(checkpoint.space, checkpoint.named, checkpoint.names, offload)
         checkpoint.verify_base(fusion.pretrained, fusion._base)
         state = checkpoint.state
         devices = devices_of(fusion.pretrained)
-        moved = len(devices) == 1 and devices != devices_of(state.delta)
+        moved = len(devices) == 1 and devices != set(state.devices())
         fusion.state = state.to(devices.pop()) if moved else state
         return fusion
 
     def _write_expert(self, task: str) -> None:
-        self._space.check()
-        live = self._live()
+        with Step(self._mesh):
+            self._space.check()
+            live = self._live()
         mine = {name: live[name].detach() for name in self._names}
         if devices_of(mine) == devices_of(self.pretrained):
             with torch.no_grad():
@@ -339,13 +353,20 @@ class ConDU:
             self.state = self.state.to(device)
         return live
 
-    def _changed_outside(self, live: Mapping[str, Tensor]) -> list[str]:
-        """Names of floating-point tensors that are not in the state and not at θ_0."""
-        return [
-            name
-            for name, base in self._base.items()
-            if name not in self._names and base.is_floating_point() and self._differs(live, name)
-        ]
+    @property
+    def _mesh(self) -> DeviceMesh | None:
+        """The processes that share the module, None if it is not sharded."""
+        return mesh_of(self._base)
+
+    def _outside(self) -> list[str]:
+        """Names of floating-point tensors that are not in the state."""
+        return [n for n, t in self._base.items() if n not in self._names and t.is_floating_point()]
+
+    def _differing(self, live: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
+        """Those of the named tensors that are not at θ_0, here or in another process."""
+        with Step(self._mesh) as step:
+            step.mine = {name for name in names if self._differs(live, name)}
+        return [name for name in names if any(name in found for found in step.all)]
 
     def _differs(self, live: Mapping[str, Tensor], name: str) -> bool:
         base = self._base[name]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from condu.live import changeable, matches
 from condu.spaces import WeightSpace, holds_factors, space_of
 from condu_ext import UnifiedDelta
+from condu_ext.collective import Step
 from condu_ext.manifest import read_manifest
 from condu_ext.sharding import mesh_of
 
@@ -42,21 +43,24 @@ class Checkpoint:
             ValueError: the state is one of another space, or of other adapters than the model's.
         """
         where = os.fspath(path)
-        fused = [entry.name for entry in read_manifest(Path(path)).spec.tensors]
-        space = space_of(model, "factors" if holds_factors(fused) else "product")
-        named = space.named()
-        state = UnifiedDelta.load(path, like=named if mesh_of(named) else None)
-        try:
-            space.match(state, named)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        # a state without tasks knows its private tensors by pattern only
-        names = {n for n in changeable(named) if matches(n, state.spec.private)}.union(
-            state.delta, *(state.private(task) for task in state.tasks)
-        )
-        for name in sorted(names):
-            if name not in named:
-                raise KeyError(f"{where}: the model has no tensor {name!r}")
+        mesh = mesh_of(model.state_dict())
+        with Step(mesh):
+            fused = read_manifest(Path(path)).spec.names
+            space = space_of(model, "factors" if holds_factors(fused) else "product")
+            named = space.named()
+        state = UnifiedDelta.load(path, like=named if mesh is not None else None)
+        with Step(mesh):
+            try:
+                space.match(state, named)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            # a state without tasks knows its private tensors by pattern only
+            names = {n for n in changeable(named) if matches(n, state.spec.private)}.union(
+                state.spec.names, *(state.private(task) for task in state.tasks)
+            )
+            for name in sorted(names):
+                if name not in named:
+                    raise KeyError(f"{where}: the model has no tensor {name!r}")
         return cls(where, state, space, named, names)
 
     def verify_base(self, pretrained: Mapping[str, Tensor], restored: Mapping[str, Tensor]) -> None:

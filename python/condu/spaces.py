@@ -24,6 +24,7 @@ def space_of(model: nn.Module, adapters: AdapterSpace) -> WeightSpace:
     Raises:
         ValueError: an unknown space, or adapters that cannot be fused in it.
         RuntimeError: the adapters are merged, disabled, or several are active.
+        TypeError: the weights under the adapters are sharded, in the product space.
     """
     if adapters not in ("factors", "product"):
         raise ValueError(f"space must be 'factors' or 'product', got {adapters!r}")
@@ -70,7 +71,7 @@ class WeightSpace:
 
     def match(self, state: UnifiedDelta, named: Mapping[str, Tensor]) -> None:
         """Raises ValueError if a state is one of other adapters than the model's."""
-        if holds_factors(state.delta) and state.delta.keys().isdisjoint(named):
+        if holds_factors(state.spec.names) and named.keys().isdisjoint(state.spec.names):
             raise ValueError("the state holds LoRA factors, but the model carries no adapter")
 
     def restored(self, named: Mapping[str, Tensor]) -> set[str]:
@@ -94,5 +95,6 @@ class WeightSpace:
         """Called when θ_0 has been written."""
 
     def frozen_fingerprint(self, base: Mapping[str, Tensor]) -> str | None:
-        """Digits that recognise the weights under the adapters; ``base`` overrides live ones."""
+        """Digits that recognise the weights under the adapters; ``base`` overrides live ones.
+        Collective if they are sharded."""
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -57,11 +58,12 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def finetune(model: Toy, seed: int) -> None:
+def finetune(model: nn.Module, seed: int) -> None:
     """All but the excluded parameter move; every process sees the same data."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
-        [p for n, p in model.named_parameters() if n != "logit_scale"], lr=0.05
+        [p for n, p in model.named_parameters() if n != "logit_scale" and p.requires_grad],
+        lr=0.05,
     )
     for _ in range(2):
         optimizer.zero_grad()
@@ -120,7 +122,81 @@ def fuse(rank: int, world: int, folder: Path) -> None:
             other.first.weight.to_local()[0, 0] += 1
     with pytest.raises(ValueError, match=r"'first.weight': differs from the base"):
         ConDU.from_pretrained(folder / "fused", other)
+    what_one_process_meets(fusion, model, rank == world - 1, folder)
+    fuse_adapters(rank, world, folder / "adapters")
     dist.destroy_process_group()
+
+
+def what_one_process_meets(fusion: ConDU, model: Toy, last: bool, folder: Path) -> None:
+    """Errors and changes that one process alone can see reach the others."""
+    known = fusion.tasks
+
+    def broken(*_: object) -> None:
+        raise MemoryError("not enough memory")
+
+    for call in (
+        lambda: fusion.absorb("third"),
+        lambda: fusion.activate("cars"),
+        lambda: fusion.check_new_task("third"),
+        fusion.moved,
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if last:
+                patch.setattr(fusion, "_live", broken)
+            with pytest.raises(MemoryError, match="not enough memory"):
+                call()
+    assert fusion.tasks == known
+    place = folder / ("elsewhere" if last else "fused")
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        ConDU.from_pretrained(place, sharded_toy())
+
+    fusion.reset()
+    assert fusion.moved() == ()
+    with torch.no_grad():
+        model.logit_scale.to_local().add_(1)  # its one element is the first process's
+        if last:
+            model.first.weight.to_local()[0, 0] += 1
+    assert set(fusion.moved()) == {"first.weight", "logit_scale"}
+    with pytest.warns(UserWarning, match=r"changes of logit_scale are lost"):
+        fusion.absorb("third")
+
+
+def lora_toy(sharded: bool) -> nn.Module:
+    """A fresh adapter over a frozen model, sharded with it."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3))
+    model = get_peft_model(layers, LoraConfig(r=2, target_modules=["0", "2"]))
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return model
+
+
+def fuse_adapters(rank: int, world: int, folder: Path) -> None:
+    """Factors of LoRA over sharded weights, whose fingerprint is that of the whole ones."""
+    model, twin = lora_toy(sharded=True), lora_toy(sharded=False)
+    fusion, expected = ConDU(model), ConDU(twin)
+    for seed, task in enumerate(("cars", "food")):
+        finetune(model, seed)
+        twin.load_state_dict(whole(model))
+        fusion.absorb(task)
+        expected.absorb(task)
+        same_sums(expected, fusion)
+    fusion.save_pretrained(folder)
+    expected.save_pretrained(folder.with_name(f"adapters-{rank}"))
+    assert fusion.state.base_fingerprints == expected.state.base_fingerprints
+    for read in (lora_toy(sharded=True), lora_toy(sharded=False)):
+        again = ConDU.from_pretrained(folder, read)
+        with again.expert("cars"), expected.expert("cars"):
+            assert_same(whole(read), whole(twin))
+    other = lora_toy(sharded=True)
+    with torch.no_grad():
+        frozen = other.get_parameter("base_model.model.2.base_layer.weight")
+        if rank == world - 1:
+            frozen.to_local()[0, 0] += 1
+    with pytest.raises(ValueError, match=r"the weights under the adapter.* differ"):
+        ConDU.from_pretrained(folder, other)
+    with pytest.raises(TypeError, match=r"the product space, tensor '.*': is sharded"):
+        ConDU(lora_toy(sharded=True), space="product")
 
 
 def check_experts(

@@ -75,6 +75,3 @@ class Group:
 
 
 Case = Callable[[Group], None]
-
-
-Case = Callable[[Group], None]

@@ -154,6 +154,27 @@ def processes_that_disagree(group: Group) -> None:
     call = (delta, None) if group.last else (good, base)
     with pytest.raises(ValueError, match="differ in whether there is a pretrained model"):
         cx.absorb(state, "x", *call)
+    with pytest.raises(ValueError, match="differ in whether there is a pretrained model"):
+        cx.decouple(state, "task 1", call[1])
+    with pytest.raises(ValueError, match=r"differ in the task: 'task 1' on rank 0, 'task 2'"):
+        cx.decouple(state, "task 2" if group.last else "task 1", base)
+    with pytest.raises(ValueError, match=r"differ in check: True on rank 0, False"):
+        cx.absorb_(state, "x", good, base, check=not group.last)
+    for option, values in (
+        ("rule", (cx.FusionRule(), cx.FusionRule("zero"))),
+        ("dtype", (torch.float32, torch.bfloat16)),
+    ):
+        with pytest.raises(ValueError, match=rf"differ in the (state's )?{option}"):
+            cx.UnifiedDelta.empty(base, **{option: values[group.last]})
+    for change in (
+        lambda head: head.bfloat16(),
+        lambda head: head.full_tensor(),
+        lambda head: head.redistribute(placements=[Replicate()]),
+    ):
+        other = good | {"head.weight": change(good["head.weight"])} if group.last else good
+        # redistributing is collective, so all must take part
+        with pytest.raises(ValueError, match=r"differ in the private tensors of task 'x'"):
+            cx.absorb(state, "x", other, base)
     other = {"rule": cx.FusionRule("zero")} if group.last else {}
     with pytest.raises(ValueError, match=r"differ in the rule: .*negative.* on rank 0, .*zero"):
         cx.unify({"x": good}, base, private=PRIVATE, **other)
@@ -224,6 +245,17 @@ def failing_kernels(group: Group) -> None:
             cx.absorb(state, "new", good, base)
     assert_unchanged(state, before)
     assert cx.absorb(state, "new", good, base).tasks[-1] == "new"
+    out = {name: tensor.clone() for name, tensor in base.items()}
+    out["head.weight"] = state.private("task 1")["head.weight"]
+    for call in (
+        lambda: cx.decouple(state, "task 1", base),
+        lambda: cx.decouple_(state, "task 1", base, out=out),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if group.last:
+                patch.setattr(_ops, "decouple_", broken)
+            with pytest.raises(MemoryError, match="not enough memory"):
+                call()
 
 
 def placements_that_cannot_be_fused(group: Group) -> None:

@@ -15,7 +15,7 @@ from shard_models import PRIVATE, Spread, adopt_sums, assert_same_state, local
 from torch import Tensor
 
 import condu_ext as cx
-from condu_ext import storage
+from condu_ext import fingerprint, storage
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -142,6 +142,54 @@ def full_disk(group: Group) -> None:
     assert cx.UnifiedDelta.load(folder, like=like).tasks == second.tasks
 
 
+def failures_between_two_gathers(group: Group) -> None:
+    """A process that fails on one tensor takes part in gathering the rest, and all hear of it."""
+    spread = group.small
+    state, _ = unified(spread)
+    base = spread.shard(spread.base())
+    folder = group.shared("between")
+
+    def broken(*_: object) -> None:
+        raise MemoryError("not enough memory")
+
+    for module, function, call in (
+        (storage, "pack_bits", lambda: state.save(folder)),
+        (fingerprint, "fingerprint", lambda: state.record_base(base)),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if group.rank == 0:
+                patch.setattr(module, function, broken)
+            with pytest.raises(MemoryError, match="not enough memory"):
+                call()
+    assert not state.base_fingerprints
+    group.shared("between")
+    assert [file.name for file in folder.iterdir()] == [".lock"]
+    group.shared("between")
+    state.save(folder)
+    assert cx.UnifiedDelta.load(folder, like=base).tasks == state.tasks
+
+
+def clean_up_that_fails(group: Group) -> None:
+    """The new state is in force all the same, and the next save removes what was left."""
+    state, _ = unified(group.small)
+    folder = group.shared("clean")
+    state.save(folder)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "_remove_others", refused)
+        state.save(folder)
+    group.shared("clean")
+    assert len(list(folder.iterdir())) > len(config(folder)["files"]) + 2
+    assert cx.UnifiedDelta.load(folder).tasks == state.tasks
+    group.shared("clean")
+    state.save(folder)
+    group.shared("clean")  # waits for the writer, which removes files when the rest is done
+    assert len(list(folder.iterdir())) == len(config(folder)["files"]) + 2
+
+
 def damaged_file(group: Group) -> None:
     """A file that another process checks is refused by all."""
     spread = group.small
@@ -214,6 +262,20 @@ def another_base(group: Group) -> None:
         part[0, 0] += 1
     with pytest.raises(ValueError, match=r"'columns': differs from the base model \(tiny\)"):
         state.verify_base(base)
+    if group.world == 1:
+        return
+    for name in ("plain", "replicated"):
+        base = spread.shard(spread.base())
+        if group.last:
+            local(base[name])[0, 0] += 1
+        for call in (state.verify_base, state.record_base):
+            with pytest.raises(ValueError, match=rf"differ in tensor '{name}' \(fingerprint\)"):
+                call(base)
+    base = spread.shard(spread.base())
+    if group.last:
+        base["uneven"] = base["uneven"].bfloat16()
+    with pytest.raises(ValueError, match=r"differ in tensor 'uneven' .*float32.*bfloat16"):
+        state.verify_base(base)
 
 
 STORAGE: tuple[Case, ...] = (
@@ -221,6 +283,8 @@ STORAGE: tuple[Case, ...] = (
     read_in_parts,
     read_by_other_processes,
     full_disk,
+    failures_between_two_gathers,
+    clean_up_that_fails,
     damaged_file,
     another_writer,
     models_that_do_not_fit,

@@ -19,7 +19,8 @@ from condu.adapters.likeness import check_alike
 from condu.live import is_parameter, named_tensors
 from condu.spaces import WeightSpace, holds_factors
 from condu_ext import UnifiedDelta
-from condu_ext.fingerprint import fingerprint
+from condu_ext.fingerprint import fingerprints
+from condu_ext.sharding import mesh_of, refuse_sharded
 
 
 class FactorSpace(WeightSpace):
@@ -75,7 +76,9 @@ class FactorSpace(WeightSpace):
             for name, parameter in self.model.named_parameters(remove_duplicate=False)
             if not name_of.is_adapters(name)
         }
-        lines = [f"{name} {fingerprint(base.get(name, frozen[name]))}" for name in sorted(frozen)]
+        weights = {name: base.get(name, frozen[name]) for name in sorted(frozen)}
+        digits = fingerprints(mesh_of(weights), weights)
+        lines = [f"{name} {digits[name]}" for name in weights]
         return xxhash.xxh3_64_hexdigest("\n".join([*lines, *self._scales()]).encode())
 
     def _scales(self) -> list[str]:
@@ -100,6 +103,7 @@ class ProductSpace(FactorSpace):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        refuse_sharded("the product space", self.named())
         self._shows_expert = False
         adapter = self.layers.adapter
         factors: set[int] = set()
