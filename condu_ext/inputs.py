@@ -73,6 +73,8 @@ def check_mesh(who: str, model: Model, mesh: DeviceMesh | None, other: str) -> N
         TypeError: a placement that cannot be fused, see :func:`condu_ext.sharding.shard_of`.
     """
     for name, tensor in model.items():
+        if not is_sharded(tensor):
+            continue
         where = f"{who}, tensor {name!r}"
         if (shard := shard_of(where, tensor)) and shard.mesh != mesh:
             raise ValueError(
