@@ -209,7 +209,8 @@ def resolve(
                 )
             part = local_part(other)
             parts.append(part)
-            if not same_memory(parts[0], part) and not torch.equal(parts[0], part):
+            first = parts[0]
+            if not (part is first or same_memory(first, part) or torch.equal(first, part)):
                 raise ValueError(
                     f"{who}: {' and '.join(map(repr, spec.names_of(entry.name)))} are tied in "
                     f"{base} but differ here"
