@@ -1,12 +1,15 @@
 """Steps that all processes of a device mesh take together, so that none goes on alone.
 
 What one process finds wrong, all must hear before any of them changes something or waits for the
-others: every step ends with one exchange of what each process has to say.
+others: every step ends with one exchange of what each process has to say. Which processes take part
+follows from the arguments, from the mesh of their first sharded tensor; so where on one process all
+are plain, that one takes part in nothing, and the others wait until their backend gives up.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,39 @@ import xxhash
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What other processes learn of an error.
+
+    Attributes:
+        kind: its class, or the nearest one above it that they can look up.
+        text: the message.
+        system: errno, its meaning and the file name, of an OSError that has them.
+    """
+
+    kind: type[Exception]
+    text: str
+    system: tuple[int, str, Any] | None
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        system = None
+        if isinstance(error, OSError) and error.errno is not None:
+            system = error.errno, str(error.strerror), error.filename
+        return cls(_kind(error), _text(error), system)
+
+    def on(self, rank: int) -> Exception:
+        """The error that the others raise."""
+        if self.system is not None:
+            number, meaning, file = self.system
+            return OSError(number, f"rank {rank}: {meaning}", file)
+        message = f"rank {rank}: {self.text}"
+        try:
+            return self.kind(message)
+        except TypeError:  # an error that is made of more than a message
+            return RuntimeError(f"rank {rank}: {self.kind.__name__}: {self.text}")
 
 
 class Step:
@@ -60,14 +96,14 @@ class Step:
     def _finish(self, mesh: DeviceMesh, error: Exception | None) -> None:
         claims = {name: repr(value) for name, value in self.claims.items()}
         digest = xxhash.xxh3_64_hexdigest(repr(claims).encode())
-        failure = (_kind(error), _text(error)) if error else None
+        failure = _Failure.of(error) if error else None
         outcomes = _gather(mesh, (failure, digest, None if error else self.mine))
         ranks = ranks_of(mesh)
         for rank, (failed, _, _) in zip(ranks, outcomes, strict=True):
             if failed == failure and error is not None:
                 return  # this process's own error goes on its way
             if failed:  # the first one's for all, so that whoever handles errors stays in step
-                raise _of_rank(rank, *failed) from error
+                raise failed.on(rank) from error
         if any(other != digest for _, other, _ in outcomes):
             _refuse_differing(ranks, _gather(mesh, claims))
         self.all = [mine for _, _, mine in outcomes]
@@ -102,14 +138,6 @@ def _kind(error: Exception) -> type[Exception]:
 def _text(error: BaseException) -> str:
     """The message; of a KeyError without the quotes that str() adds."""
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-
-
-def _of_rank(rank: int, kind: type[Exception], text: str) -> Exception:
-    message = f"rank {rank}: {text}"
-    try:
-        return kind(message)
-    except TypeError:  # an error that is made of more than a message
-        return RuntimeError(f"rank {rank}: {kind.__name__}: {text}")
 
 
 def _refuse_differing(ranks: list[int], claims: list[dict[str, str]]) -> None:

@@ -112,7 +112,7 @@ def unify(
 
     start = Sources(spec, base)
     fused = []
-    with SumStep(spec) as summing:
+    with SumStep(spec, [*tasks, *tasks]) as summing:
         for (device, index), own in zip(groups.items(), kernels, strict=True):
             theta_0 = start.flat(index, None, device) if pretrained is not None else []
             fallback = start if pretrained is not None else None
@@ -182,7 +182,7 @@ def absorb(
             kernels = [kernels_for(backend, arena.device) for arena in state.arenas]
             step.claims |= new.claims
         fused = []
-        with SumStep(state.spec) as summing:
+        with SumStep(state.spec, [task] * (len(state.tasks) + 1)) as summing:
             for arena, own in zip(state.arenas, kernels, strict=True):
                 u, planes, chunk_sums = own.absorb(
                     arena.u,
@@ -234,7 +234,7 @@ def absorb_(
             _check_values(state, task, arenas)
         alive = [*state.alive(), True]
         state.mark_damaged(f"absorb_ of task {task!r} did not finish: the state is lost")
-        with SumStep(state.spec) as summing:
+        with SumStep(state.spec, [task] * (len(state.tasks) + 1)) as summing:
             for (arena, kernels, inputs), plane in zip(arenas, added, strict=True):
                 chunk_sums = kernels.absorb_(
                     arena.u, arena.planes, plane, arena.rescaler, *_with_rule(inputs, state.rule)
@@ -264,7 +264,7 @@ def _check_values(
     state: UnifiedDelta, task: str, arenas: Sequence[tuple[Arena, Any, Inputs]]
 ) -> None:
     """Refuse NaN and infinity before anything is overwritten."""
-    with SumStep(state.spec) as summing:
+    with SumStep(state.spec, [task]) as summing:
         for arena, kernels, (model, base, via) in arenas:
             summing.add(arena.index, kernels.measure(model, base, via))
     for (arena, _, _), num in zip(arenas, summing.sums(), strict=True):

@@ -73,6 +73,8 @@ def check_mesh(who: str, model: Model, mesh: DeviceMesh | None, other: str) -> N
         TypeError: a placement that cannot be fused, see :func:`condu_ext.sharding.shard_of`.
     """
     for name, tensor in model.items():
+        if not is_sharded(tensor):
+            continue
         where = f"{who}, tensor {name!r}"
         if (shard := shard_of(where, tensor)) and shard.mesh != mesh:
             raise ValueError(
@@ -207,7 +209,8 @@ def resolve(
                 )
             part = local_part(other)
             parts.append(part)
-            if not same_memory(parts[0], part) and not torch.equal(parts[0], part):
+            first = parts[0]
+            if not (part is first or same_memory(first, part) or torch.equal(first, part)):
                 raise ValueError(
                     f"{who}: {' and '.join(map(repr, spec.names_of(entry.name)))} are tied in "
                     f"{base} but differ here"

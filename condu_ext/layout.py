@@ -146,7 +146,10 @@ class ModelSpec:
         return replace(self, tensors=rest, aliases=aliases)
 
     def claims(self) -> dict[str, object]:
-        """What all processes that share the model must agree on, by what an error calls it."""
+        """What all processes that share the model must agree on, by what an error calls it; nothing
+        without a mesh."""
+        if self.mesh is None:
+            return {}
         tensors = {
             f"tensor {t.name!r} (position, shape, memory order, rounding, placements)": (
                 (position, t.shape, t.order, t.via, t.shard and t.shard.placements)

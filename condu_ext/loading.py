@@ -21,9 +21,10 @@ from torch import Tensor
 from condu_ext._modes import without_autograd
 from condu_ext.collective import Step
 from condu_ext.fingerprint import file_fingerprint
-from condu_ext.inputs import Model, check_mapping, check_mesh, check_tensor
+from condu_ext.inputs import Model, check_mapping, check_mesh, check_tensor, is_private
 from condu_ext.layout import Arena, ModelSpec, TensorSpec, empty_arena, group_by_device
 from condu_ext.manifest import CONFIG, CheckpointError, Manifest, TaskEntry, read_manifest
+from condu_ext.newcomer import claims_of_private
 from condu_ext.reference import pack_bits, unpack_bits
 from condu_ext.sharding import (
     ShardSpec,
@@ -50,8 +51,9 @@ def load(path: str | os.PathLike[str], *, like: Model | None = None) -> UnifiedD
     Args:
         like: a model by name that shows where the state belongs: each tensor is read onto the
             device, and as the part of it, that the model's tensor is. Its values and dtypes do not
-            matter, nor do further tensors. Collective if it has sharded tensors. Without it the
-            state is read onto the CPU, whole.
+            matter, nor do further tensors. Without it the state is read onto the CPU, whole.
+
+    Collective if ``like`` has sharded tensors; the folder must be one that all processes see.
 
     Raises:
         FileNotFoundError: no checkpoint there, or one of its files is missing.
@@ -95,6 +97,8 @@ def _read_state(
             task.name: _read_private(directory, manifest, task, like or {})
             for task in manifest.tasks
         }
+        for name, tensors in private.items() if mesh is not None else ():
+            step.claims |= claims_of_private(f"task {name!r}", tensors)
     state = UnifiedDelta(
         spec,
         arenas,
@@ -139,8 +143,10 @@ def _placed(spec: ModelSpec, like: Model | None) -> tuple[ModelSpec, list[torch.
         order = tuple(range(len(entry.shape))) if shard else entry.order
         entries.append(replace(entry, shard=shard, order=order))
         devices.append(local_part(tensor).device)
-    first = next((name for name, tensor in like.items() if is_sharded(tensor)), None)
-    check_mesh("like", like, mesh := mesh_of(like), f"{first!r}")
+    known = {*spec.names, *spec.fixed, *spec.private_names}
+    used = {n: t for n, t in like.items() if n in known or is_private(n, spec.private)}
+    first = next((name for name, tensor in used.items() if is_sharded(tensor)), None)
+    check_mesh("like", used, mesh := mesh_of(used), f"{first!r}")
     return replace(spec, tensors=tuple(entries), mesh=mesh), devices
 
 

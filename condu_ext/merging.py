@@ -35,7 +35,7 @@ def merge(a: UnifiedDelta, b: UnifiedDelta, *, backend: str | None = None) -> Un
             kernels = [kernels_for(backend, arena.device) for arena in a.arenas]
             step.claims["the tasks"] = tasks
         merged = []
-        with SumStep(a.spec) as summing:
+        with SumStep(a.spec, tasks) as summing:
             orders = [entry.order for entry in a.spec.tensors]
             matching = b.arenas
             if orders != [entry.order for entry in b.spec.tensors]:

@@ -18,6 +18,7 @@ from condu_ext.inputs import (
 )
 from condu_ext.layout import Arena, ModelSpec
 from condu_ext.rounding import with_rounding
+from condu_ext.sharding import is_sharded
 from condu_ext.unified import UnifiedDelta
 
 Inputs = tuple[list[Tensor], list[Tensor], list[int]]  # model, base and via of an operator
@@ -26,16 +27,31 @@ Inputs = tuple[list[Tensor], list[Tensor], list[int]]  # model, base and via of 
 def claims_of_task(
     spec: ModelSpec, who: str, model: Model, tensors: list[Tensor | None]
 ) -> dict[str, object]:
-    """What processes that share a model must agree on: which tensors a task brings."""
+    """What processes that share a model must agree on: which tensors a task brings. Nothing where
+    no process shares it."""
+    if spec.mesh is None:
+        return {}
     absent = [e.name for e, t in zip(spec.tensors, tensors, strict=True) if t is None]
-    private = sorted(name for name in model if is_private(name, spec.private))
-    return {f"the missing tensors of {who}": absent, f"the private tensors of {who}": private}
+    private = {name: tensor for name, tensor in model.items() if is_private(name, spec.private)}
+    return {f"the missing tensors of {who}": absent} | claims_of_private(who, private)
+
+
+def claims_of_private(who: str, private: Model) -> dict[str, object]:
+    """What they must agree on for tensors of a task that are stored whole."""
+    return {
+        f"the private tensors of {who}": [
+            (name, tuple(t.shape), t.dtype, t.placements if is_sharded(t) else "plain")
+            for name, t in sorted(private.items())
+        ]
+    }
 
 
 def claims_of_call(
     spec: ModelSpec, pretrained: Model | None, indices: Iterable[Sequence[int]]
 ) -> dict[str, object]:
     """What they must agree on for all tasks; ``indices`` are those of the arenas."""
+    if spec.mesh is None:
+        return {}
     return spec.claims() | {
         "whether there is a pretrained model": pretrained is not None,
         "which tensors share a device": [list(index) for index in indices],

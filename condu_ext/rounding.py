@@ -45,5 +45,5 @@ def with_rounding(
                 f"{who}, tensor {entry.name!r}: is {theta.dtype}, but earlier tasks started from "
                 f"the base in {entry.via or theta_0.dtype}"
             )
-        entries.append(replace(entry, via=via))
+        entries.append(entry if via == entry.via else replace(entry, via=via))
     return replace(spec, tensors=tuple(entries))

@@ -55,6 +55,7 @@ def save(state: UnifiedDelta, path: str | os.PathLike[str]) -> None:
     Collective for a sharded state, on a folder that all processes see: the first process of the
     mesh writes, and holds the whole tensors of one file (about 1 GiB, or one larger tensor) in host
     memory while it does; the others hold one whole tensor at a time. All return after the commit.
+    Of replicas that each have a mesh of their own, only one may save to a folder.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; what was there stays valid.

@@ -7,7 +7,8 @@ of a row-major tensor that begin on a chunk's border, a rescaler does not depend
 processes, bit for bit; elsewhere the same terms are added in other groups, to the same precision.
 
 Copies of the same elements are not counted again, but they must be equal: plain tensors of a module
-of FSDP2, whose gradients nobody averages, drift apart unnoticed otherwise. Their totals tell.
+of FSDP2, whose gradients nobody averages, drift apart unnoticed otherwise. Their totals tell most:
+copies with equal totals of different elements, as when two of them are swapped, go unnoticed.
 """
 
 from __future__ import annotations
@@ -79,21 +80,26 @@ def _contribution(spec: ModelSpec, index: Sequence[int], chunk_sums: Tensor) -> 
 
 
 def _check_copies(
-    names: Sequence[str], parts: Sequence[_Contribution], ranks: Sequence[int]
+    names: Sequence[str],
+    tasks: Sequence[str],
+    parts: Sequence[_Contribution],
+    ranks: Sequence[int],
 ) -> None:
     """Processes that hold the same elements found the same (finite) values.
 
     Raises:
-        ValueError: naming the tensor and two ranks.
+        ValueError: naming the task of the first row that differs, the tensor and two ranks.
     """
     first: dict[tuple[int, int], tuple[int, NDArray[np.float64]]] = {}
     for rank, part in zip(ranks, parts, strict=True):
         for key, totals in part.totals.items():
             other, expected = first.setdefault(key, (rank, totals))
-            if other != rank and (abs(totals - expected) > _SAME * expected).any():
+            differing = abs(totals - expected) > _SAME * expected
+            if other != rank and differing.any():
+                task = tasks[int(differing.argmax())]
                 raise ValueError(
-                    f"tensor {names[key[0]]!r}: ranks {other} and {rank} have copies of the same "
-                    "elements, and they differ"
+                    f"task {task!r}, tensor {names[key[0]]!r}: ranks {other} and {rank} have "
+                    "copies of the same elements, and they differ"
                 )
 
 
@@ -111,15 +117,18 @@ def _added(tensors: int, parts: Sequence[_Contribution]) -> Tensor:
 class SumStep(Step):
     """A step in which every process computes, and after which all know the sums::
 
-    with SumStep(spec) as step:
+    with SumStep(spec, tasks) as step:
         step.add(arena.index, kernel(…))  # for each arena
     step.sums()  # for each, float64 [rows, tensors]
+
+    ``tasks`` says for each row which task brought what may be wrong with it.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, tasks: Sequence[str]) -> None:
         super().__init__(spec.mesh)
         self.mine = []
         self._spec = spec
+        self._tasks = tasks
         self._indices: list[Sequence[int]] = []
 
     def add(self, index: Sequence[int], chunk_sums: Tensor) -> None:
@@ -145,6 +154,6 @@ class SumStep(Step):
             added = _added(len(index), parts)
             if added.isfinite().all():
                 names = [self._spec.tensors[k].name for k in index]
-                _check_copies(names, parts, ranks_of(self._spec.mesh))
+                _check_copies(names, self._tasks, parts, ranks_of(self._spec.mesh))
             result.append(added)
         return result

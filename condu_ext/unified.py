@@ -128,9 +128,10 @@ class UnifiedDelta:
 
     @property
     def delta(self) -> dict[str, Tensor]:
-        """The unified delta by tensor name, tied names included: views of the state's memory. What
-        is kept in host memory under a mesh of GPUs shows as a copy on the GPU, for a DTensor is
-        where its mesh is.
+        """The unified delta by tensor name, tied names included: views of the state's memory.
+
+        Of a part that is kept in host memory under a mesh of GPUs it is a copy on the GPU, for
+        torch puts a DTensor where its mesh is.
         """
         with self.lock:
             self.check_whole()
@@ -220,7 +221,8 @@ class UnifiedDelta:
         for a sharded state.
 
         Raises:
-            KeyError, ValueError, TypeError: names or shapes are not those of the state.
+            KeyError, ValueError, TypeError: names or shapes are not those of the state, or plain or
+                replicated tensors differ between processes.
         """
         with self.lock:
             self.base_fingerprints = model_fingerprints(self.spec, pretrained)

@@ -164,15 +164,15 @@ def processes_that_disagree(group: Group) -> None:
         ("rule", (cx.FusionRule(), cx.FusionRule("zero"))),
         ("dtype", (torch.float32, torch.bfloat16)),
     ):
-        with pytest.raises(ValueError, match=rf"differ in the (state's )?{option}"):
+        with pytest.raises(ValueError, match=rf"differ in the (state's )?{option}: "):
             cx.UnifiedDelta.empty(base, **{option: values[group.last]})
     for change in (
         lambda head: head.bfloat16(),
         lambda head: head.full_tensor(),
         lambda head: head.redistribute(placements=[Replicate()]),
     ):
-        other = good | {"head.weight": change(good["head.weight"])} if group.last else good
-        # redistributing is collective, so all must take part
+        changed = good | {"head.weight": change(good["head.weight"])}  # collective
+        other = changed if group.last else good
         with pytest.raises(ValueError, match=r"differ in the private tensors of task 'x'"):
             cx.absorb(state, "x", other, base)
     other = {"rule": cx.FusionRule("zero")} if group.last else {}
@@ -180,6 +180,13 @@ def processes_that_disagree(group: Group) -> None:
         cx.unify({"x": good}, base, private=PRIVATE, **other)
     with pytest.raises(ValueError, match=r"differ in tensor 'columns'.*none on rank"):
         cx.UnifiedDelta.empty(without("columns")(spread, base) if group.last else base)
+    other, _ = unified(spread, 1, first=3)
+    if group.last:
+        other.rename("task 3", "task 4")
+    folder = group.shared("disagreeing")
+    for call in (lambda: cx.merge(state, other), lambda: other.save(folder)):
+        with pytest.raises(ValueError, match=r"differ in the tasks: .*'task 3'.*'task 4'"):
+            call()
     if group.last:
         state.drop("task 1")
     with pytest.raises(ValueError, match="differ in the tasks"):
@@ -197,7 +204,7 @@ def copies_that_differ(group: Group) -> None:
     before = snapshot(state)
     for name in ("plain", "replicated"):
         for value, text in (
-            (1.0, rf"tensor '{name}': ranks 0 and {group.world - 1} have copies .* differ"),
+            (1.0, rf"task 'new', tensor '{name}': ranks 0 and {group.world - 1} .* differ"),
             (float("nan"), rf"task 'new', tensor '{name}': .*NaN"),
         ):
             given = {n: t.clone() for n, t in good.items()}

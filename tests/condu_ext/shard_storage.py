@@ -13,6 +13,7 @@ from shard_fusing import unified
 from shard_group import Case, Group
 from shard_models import PRIVATE, Spread, adopt_sums, assert_same_state, local
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 import condu_ext as cx
 from condu_ext import fingerprint, storage
@@ -104,8 +105,6 @@ def read_by_other_processes(group: Group) -> None:
 
 
 def spread_dim(shape: tuple[int, ...]) -> Any:
-    from torch.distributed.tensor import Shard
-
     return Shard(len(shape) - 1)
 
 
@@ -132,6 +131,8 @@ def full_disk(group: Group) -> None:
         with pytest.raises(OSError, match="No space left") as caught:
             second.save(folder)
     assert ("rank 0" in str(caught.value)) == (group.rank != 0)
+    assert caught.value.errno == errno.ENOSPC
+    assert Path(caught.value.filename).parent == folder
     assert len(written) == (3 if group.rank == 0 else 0)
     group.shared("full")
     assert sorted(file.name for file in folder.iterdir()) == listed
@@ -244,7 +245,12 @@ def models_that_do_not_fit(group: Group) -> None:
         given = good | {"uneven": spread.base()["uneven"]} if group.last else good
         with pytest.raises(ValueError, match=r"the processes differ in tensor 'uneven'"):
             cx.UnifiedDelta.load(folder, like=given)
-    assert cx.UnifiedDelta.load(folder, like=good).spec.private == PRIVATE
+        given = good | {"head.weight": state.private("task 1")["head.weight"].full_tensor()}
+        with pytest.raises(ValueError, match=r"differ in the private tensors of task 'task 1'"):
+            cx.UnifiedDelta.load(folder, like=given if group.last else good)
+    unused = DTensor.from_local(torch.ones(4), group.mesh, [Partial()], run_check=False)
+    loaded = cx.UnifiedDelta.load(folder, like={"unused": unused} | good)
+    assert loaded.spec.private == PRIVATE
 
 
 def another_base(group: Group) -> None:

@@ -38,7 +38,8 @@ class ConDUCallback(TaskAbsorption, TrainerCallback):
     With ``load_best_model_at_end`` the best model is absorbed. A training that raises is not, nor
     is one that ``enable_jit_checkpoint`` may have cut short (a warning says so). To resume from a
     checkpoint, give a ``fusion`` that was made of the pretrained model. All processes absorb; one
-    calls ``fusion.save_pretrained``.
+    calls ``fusion.save_pretrained``, or all if the model is sharded. For a model that the
+    ``Trainer`` itself shards, leave ``fusion`` out: one made before knows the whole tensors only.
 
     Raises, before the first step: RuntimeError in a hyperparameter search, and what
     ``TaskAbsorption.begin`` raises.
