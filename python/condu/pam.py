@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import condu_ext as cx
 from condu.live import is_parameter, named_tensors
+from condu_ext.inputs import check_fusable
 from condu_ext.sharding import refuse_sharded
 
 Average = Literal["half", "mean"]
@@ -43,7 +44,7 @@ class AlignedMerging:
     50 %; it gives neither period, scope, a, nor what happens to the optimiser's state.
 
     Weights are written in place; they are looked up by name on each call. Every process of a
-    distributed run makes the same calls; sharded weights (FSDP2) are a TypeError.
+    distributed run makes the same calls; sharded weights (FSDP2) and float64 are a TypeError.
     """
 
     def __init__(
@@ -177,6 +178,8 @@ class AlignedMerging:
                 raise KeyError(f"the model no longer has tensor {name!r}")
         parameters = {name: named[name] for name in self._names}
         refuse_sharded("model", parameters)
+        for name, parameter in parameters.items():
+            check_fusable("model", name, parameter)
         return parameters
 
     def _live(self) -> dict[str, Tensor]:

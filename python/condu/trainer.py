@@ -64,10 +64,8 @@ class ContinualTrainer:
     ) -> ContinualTrainer:
         """Load the model and the benchmark that a configuration names. `ConfigError` if it names
         tasks that the benchmark does not have, or a model that cannot answer them."""
-        live, benchmark = (
-            load_model(config.model.name, config.model.pretrained),
-            make_benchmark(config),
-        )
+        benchmark = make_benchmark(config)  # first, for a model may have to be downloaded
+        live = load_model(config.model.name, config.model.pretrained)
         for task in benchmark:
             if not isinstance(task, live.task_type):
                 raise ConfigError(

@@ -255,6 +255,11 @@ def test_sharded_weights_are_refused() -> None:
         dist.destroy_process_group()
 
 
+def test_a_dtype_that_cannot_be_merged_is_refused_before_training() -> None:
+    with pytest.raises(TypeError, match=r"model, tensor 'a': torch\.float64 cannot be fused"):
+        AlignedMerging(adapter().double())
+
+
 def test_names_do_not_depend_on_wrappers() -> None:
     _, merging, first = begun()
     wrapped = AlignedMerging(nn.Sequential(OrderedDict(module=adapter(seed=3))))
