@@ -103,7 +103,7 @@ def check_arena(numels: Sequence[int], u: Tensor, planes: Sequence[Tensor]) -> N
 def check_same_dtype(u_a: Tensor, u_b: Tensor) -> None:
     """ValueError unless two unified deltas have the same dtype."""
     if u_a.dtype != u_b.dtype:
-        raise ValueError(f"states of {u_a.dtype} and {u_b.dtype} do not merge")
+        raise ValueError(f"states of {u_a.dtype} and {u_b.dtype} do not mix")
 
 
 def table_of(rescaler: Tensor, tasks: int, tensors: int) -> Tensor:

@@ -1,8 +1,9 @@
 """The kernels on the CPU: tensors in, addresses to ``condu_ext._C``, tensors out.
 
-The functions have the signatures of the registered operators (:mod:`condu_ext._ops`), which are
-their only callers: an operator's implementation sees real tensors, never fake ones. Tensors must
-be contiguous; their memory may have any alignment.
+Functions with the names of registered operators (:mod:`condu_ext._ops`) have their signatures and
+are called by them alone: an operator's implementation sees real tensors, never fake ones. Those
+named ``…_into`` write to memory of the caller's, with as many threads as it says; they also serve
+:mod:`condu_ext.ranges`. Tensors must be contiguous; their memory may have any alignment.
 """
 
 from __future__ import annotations
@@ -42,6 +43,33 @@ def _base(
     return _addresses(base), arguments.dtype_codes(base, via)
 
 
+def unify_into(
+    models: Sequence[Tensor],
+    base: Sequence[Tensor],
+    tasks: int,
+    zero_sum: int,
+    via: Sequence[int],
+    u: Tensor,
+    planes: Sequence[Tensor],
+    threads: int,
+) -> Tensor:
+    numels = arguments.numels_of(models, tasks)
+    arguments.check_arena(numels, u, planes)
+    shape = (tasks, len(numels))
+    num, den = _C.unify(
+        *_layout(numels),
+        _addresses(models).reshape(shape),
+        arguments.dtype_codes(models).reshape(shape),
+        *_base(base, via, numels),
+        arguments.check_zero_sum(zero_sum),
+        _addresses([u])[0],
+        arguments.state_code(u.dtype),
+        _addresses(planes),
+        threads,
+    )
+    return torch.from_numpy(np.concatenate([num, den]))
+
+
 def unify(
     models: Sequence[Tensor],
     base: Sequence[Tensor],
@@ -50,24 +78,13 @@ def unify(
     dtype: torch.dtype,
     via: Sequence[int],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    numels = arguments.numels_of(models, tasks)
-    u, planes = arguments.new_arena(offsets(numels)[1], tasks, dtype, _CPU)
-    shape = (tasks, len(numels))
-    num, den = _C.unify(
-        *_layout(numels),
-        _addresses(models).reshape(shape),
-        arguments.dtype_codes(models).reshape(shape),
-        *_base(base, via, numels),
-        arguments.check_zero_sum(zero_sum),
-        u.data_ptr(),
-        arguments.state_code(dtype),
-        _addresses(planes),
-        torch.get_num_threads(),
-    )
-    return u, planes, torch.from_numpy(np.concatenate([num, den]))
+    size = offsets(arguments.numels_of(models, tasks))[1]
+    u, planes = arguments.new_arena(size, tasks, dtype, _CPU)
+    threads = torch.get_num_threads()
+    return u, planes, unify_into(models, base, tasks, zero_sum, via, u, planes, threads)
 
 
-def _absorb_into(
+def absorb_into(
     old_u: Tensor,
     old_planes: Sequence[Tensor],
     rescaler: Tensor,
@@ -77,9 +94,13 @@ def _absorb_into(
     via: Sequence[int],
     u: Tensor,
     planes: Sequence[Tensor],
+    threads: int,
 ) -> Tensor:
+    """``u`` and the old tasks' ``planes`` may be the old ones themselves."""
     numels = [t.numel() for t in model]
-    arguments.check_arena(numels, old_u, [*old_planes, *planes])
+    arguments.check_same_dtype(old_u, u)
+    arguments.check_arena(numels, old_u, old_planes)
+    arguments.check_arena(numels, u, planes)
     num, den = _C.absorb(
         *_layout(numels),
         _addresses([old_u])[0],
@@ -90,9 +111,9 @@ def _absorb_into(
         arguments.dtype_codes(model)[None],
         *_base(base, via, numels),
         arguments.check_zero_sum(zero_sum),
-        u.data_ptr(),
+        _addresses([u])[0],
         _addresses(planes),
-        torch.get_num_threads(),
+        threads,
     )
     return torch.from_numpy(np.concatenate([den, num]))
 
@@ -107,7 +128,8 @@ def absorb(
     via: Sequence[int],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     new_u, new_planes = arguments.new_arena(u.numel(), len(planes) + 1, u.dtype, _CPU)
-    sums = _absorb_into(u, planes, rescaler, model, base, zero_sum, via, new_u, new_planes)
+    written = (new_u, new_planes, torch.get_num_threads())
+    sums = absorb_into(u, planes, rescaler, model, base, zero_sum, via, *written)
     return new_u, new_planes, sums
 
 
@@ -121,8 +143,43 @@ def absorb_(
     zero_sum: int,
     via: Sequence[int],
 ) -> Tensor:
-    written = [*planes, new_plane]
-    return _absorb_into(u, planes, rescaler, model, base, zero_sum, via, u, written)
+    written = (u, [*planes, new_plane], torch.get_num_threads())
+    return absorb_into(u, planes, rescaler, model, base, zero_sum, via, *written)
+
+
+def merge_into(
+    u_a: Tensor,
+    planes_a: Sequence[Tensor],
+    rescaler_a: Tensor,
+    u_b: Tensor,
+    planes_b: Sequence[Tensor],
+    rescaler_b: Tensor,
+    numels: Sequence[int],
+    zero_sum: int,
+    u: Tensor,
+    planes: Sequence[Tensor],
+    threads: int,
+) -> Tensor:
+    arguments.check_same_dtype(u_a, u_b)
+    arguments.check_same_dtype(u_a, u)
+    arguments.check_arena(numels, u_a, planes_a)
+    arguments.check_arena(numels, u_b, planes_b)
+    arguments.check_arena(numels, u, planes)
+    den = _C.merge(
+        *_layout(numels),
+        _addresses([u_a])[0],
+        _addresses(planes_a),
+        _table(rescaler_a, len(planes_a), len(numels)),
+        _addresses([u_b])[0],
+        _addresses(planes_b),
+        _table(rescaler_b, len(planes_b), len(numels)),
+        arguments.check_zero_sum(zero_sum),
+        _addresses([u])[0],
+        arguments.state_code(u.dtype),
+        _addresses(planes),
+        threads,
+    )
+    return torch.from_numpy(den)
 
 
 def merge(
@@ -135,35 +192,21 @@ def merge(
     numels: Sequence[int],
     zero_sum: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    arguments.check_same_dtype(u_a, u_b)
-    arguments.check_arena(numels, u_a, planes_a)
-    arguments.check_arena(numels, u_b, planes_b)
     tasks = len(planes_a) + len(planes_b)
     u, planes = arguments.new_arena(u_a.numel(), tasks, u_a.dtype, _CPU)
-    den = _C.merge(
-        *_layout(numels),
-        _addresses([u_a])[0],
-        _addresses(planes_a),
-        _table(rescaler_a, len(planes_a), len(numels)),
-        _addresses([u_b])[0],
-        _addresses(planes_b),
-        _table(rescaler_b, len(planes_b), len(numels)),
-        arguments.check_zero_sum(zero_sum),
-        u.data_ptr(),
-        arguments.state_code(u.dtype),
-        _addresses(planes),
-        torch.get_num_threads(),
-    )
-    return u, planes, torch.from_numpy(den)
+    a, b = (u_a, planes_a, rescaler_a), (u_b, planes_b, rescaler_b)
+    sums = merge_into(*a, *b, numels, zero_sum, u, planes, torch.get_num_threads())
+    return u, planes, sums
 
 
-def decouple_(
+def decouple_into(
     out: Sequence[Tensor],
     u: Tensor,
     plane: Tensor,
     rescaler: Tensor,
     base: Sequence[Tensor],
     via: Sequence[int],
+    threads: int,
 ) -> None:
     numels = [t.numel() for t in out]
     arguments.check_arena(numels, u, [plane])
@@ -176,8 +219,19 @@ def decouple_(
         *_base(base, via, numels),
         _addresses(out)[None],
         arguments.dtype_codes(out)[None],
-        torch.get_num_threads(),
+        threads,
     )
+
+
+def decouple_(
+    out: Sequence[Tensor],
+    u: Tensor,
+    plane: Tensor,
+    rescaler: Tensor,
+    base: Sequence[Tensor],
+    via: Sequence[int],
+) -> None:
+    decouple_into(out, u, plane, rescaler, base, via, torch.get_num_threads())
 
 
 def measure(model: Sequence[Tensor], base: Sequence[Tensor], via: Sequence[int]) -> Tensor:
