@@ -92,11 +92,11 @@ def save(state: UnifiedDelta, path: str | os.PathLike[str]) -> None:
             raise
         if writes:
             with suppress(OSError):  # the new state is in force; the next save cleans up again
-                _remove_others(directory, manifest)
+                remove_others(directory, manifest)
 
 
-def _remove_others(directory: Path, manifest: Manifest) -> None:
-    """Remove the data files that the folder's state does not list."""
+def remove_others(directory: Path, manifest: Manifest) -> None:
+    """Remove the data files that the folder's state does not list; for the holder of the lock."""
     for name in os.listdir(directory):
         if generation_of(name) is not None and name not in manifest.files:
             (directory / name).unlink(missing_ok=True)
@@ -215,7 +215,11 @@ def _sums(state: UnifiedDelta, position: int) -> tuple[list[float], list[float],
 
 @contextmanager
 def writer_lock(directory: Path) -> Iterator[None]:
-    """Keep other writers out of a state's folder; RuntimeError if there is one."""
+    """Held by whoever changes the state in a folder.
+
+    Raises:
+        RuntimeError: another process holds it. OSError: the folder cannot be written.
+    """
     with open(directory / _LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from condu.checkpoint.fingerprints import source_fingerprint
 from condu.checkpoint.job import Outcome
 from condu.checkpoint.room import Room
 from condu.checkpoint.safetensors_source import SafetensorsSource
@@ -143,8 +144,6 @@ class ExtractJob:
             )
 
     def base_fingerprint(self, tensor: int) -> str:
-        from condu.checkpoint.verifying import source_fingerprint
-
         entry = self.entries[tensor]
         return source_fingerprint(self._base, entry.stored.name) if not entry.private else ""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from condu.checkpoint.fingerprints import source_fingerprint
 from condu.checkpoint.matching import Matched
 from condu.checkpoint.room import Room
 from condu.checkpoint.sources import Source
@@ -94,8 +95,6 @@ class Models:
 
     def fingerprint(self, tensor: int) -> str:
         """xxh3 of the base's tensor, read anew."""
-        from condu.checkpoint.verifying import source_fingerprint
-
         return source_fingerprint(self._base, self._base_names[tensor])
 
     def _sources(self) -> list[tuple[Source, Sequence[str | None]]]:
