@@ -9,9 +9,9 @@ A checkpoint is a safetensors file, a Hugging Face folder, a folder that PEFT sa
 in, with ``allow_pickle`` a .bin or .pt file or a distributed checkpoint (DCP), or the id of any of
 these on the Hugging Face hub. Only ranges of it are in memory at a time (``Options.max_memory``).
 
-Where the default process group has several processes, each call is collective: all make it with the
-same arguments, on folders that all of them see, and share the work; the result is the same, byte for
-byte. An error on one process is raised on all.
+Where the default process group has several processes, each call is collective: all make it with
+the same arguments, on folders that all of them see, and share the work; the result is the same,
+byte for byte. An error on one process is raised on all.
 
 A run that was killed leaves its target as it was, and the same call goes on from what was finished.
 """

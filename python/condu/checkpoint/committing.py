@@ -90,7 +90,11 @@ class Commit:
         text = manifest.to_json()
         replace(target.folder / CONFIG, lambda file: file.write_text(text, "utf-8"))
         target.forget(
-            [name for name in os.listdir(target.folder) if generation_of(name) and name not in files]
+            [
+                name
+                for name in os.listdir(target.folder)
+                if generation_of(name) and name not in files
+            ]
         )
         warn_of(died)
 
@@ -141,7 +145,9 @@ class Commit:
                 died.append(task)
         return died
 
-    def _clear_bits(self, target: Target, shard: int, task: int, names: Sequence[str]) -> str | None:
+    def _clear_bits(
+        self, target: Target, shard: int, task: int, names: Sequence[str]
+    ) -> str | None:
         """Clear a task's masks of some tensors; the name of the file if any bit was set."""
         _, *triggers = self._job.places(shard, target.generation)
         changed = None

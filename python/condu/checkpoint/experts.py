@@ -1,4 +1,4 @@
-"""Extract on disk: from arguments to a job that writes a task's expert as a model, and its commit."""
+"""Extract on disk: from arguments to a job that writes a task's expert, and its commit."""
 
 from __future__ import annotations
 

@@ -102,10 +102,10 @@ class ExtractJob:
             segment = unit.segments[n]
             position = self.entries[segment.tensor].fused
             assert position is not None
-            where = position, segment.start, segment.stop
-            self._state.read_delta(*where, expert.u[at : at + segment.numel])
+            place = position, segment.start, segment.stop
+            self._state.read_delta(*place, expert.u[at : at + segment.numel])
             bits = slice(at // 8, at // 8 + (segment.numel + 7) // 8)
-            self._state.read_bits(self._task, *where, expert.planes[0][bits])
+            self._state.read_bits(self._task, *place, expert.planes[0][bits])
         return _Part(values, expert, fused)
 
     def fuse(self, unit: Unit, inputs: _Part, room: Room, generation: int) -> Outcome:

@@ -49,11 +49,14 @@ class Fusion(Protocol):
         models: the base and the fine-tuned models, if there are any.
     """
 
-    tasks: Sequence[str]
-    reads: int
-    element_bytes: float
-    models: Models | None
-
+    @property
+    def tasks(self) -> Sequence[str]: ...
+    @property
+    def reads(self) -> int: ...
+    @property
+    def element_bytes(self) -> float: ...
+    @property
+    def models(self) -> Models | None: ...
     @property
     def rows(self) -> Sequence[str]: ...
 
@@ -255,6 +258,7 @@ class StateJob:
         names += [f"triggers-{generation}-{t}-{label}" for t in range(len(self.fusion.tasks))]
         whole = [(e.name, self.dtype, e.shape) for e in entries]
         packed = [(e.name, torch.uint8, ((e.numel + 7) // 8,)) for e in entries]
+        contents: list[Sequence[tuple[str, torch.dtype, tuple[int, ...]]]]
         contents = [whole, *([packed] * len(self.fusion.tasks))]
         return [(n, *new_header(Path(n), c)) for n, c in zip(names, contents, strict=True)]
 

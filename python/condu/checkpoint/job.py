@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -45,15 +45,21 @@ class Job(Protocol):
         has_base: whether a base model is read, whose fingerprints are made on the way.
     """
 
-    numels: Sequence[int]
-    shards: Sequence[Sequence[int]]
-    reads: int
-    element_bytes: float
-    chunk_rows: int
-    has_base: bool
-
-    def files(self, shard: int, generation: int) -> list[NewFile]:
-        """The files of a shard."""
+    @property
+    def numels(self) -> Sequence[int]: ...
+    @property
+    def shards(self) -> Sequence[Sequence[int]]: ...
+    @property
+    def reads(self) -> int: ...
+    @property
+    def element_bytes(self) -> float: ...
+    @property
+    def chunk_rows(self) -> int: ...
+    @property
+    def has_base(self) -> bool: ...
+    @property
+    def files(self) -> Callable[[int, int], list[NewFile]]:
+        """The files of a shard, whose names may carry a generation."""
 
     def read(self, unit: Unit, room: Room) -> Any:
         """A unit's inputs."""

@@ -1,4 +1,4 @@
-"""What a killed run had finished: a line for each shard, so that the same command goes on from there.
+"""What a killed run had finished: a line a shard, from where the same command goes on.
 
 ``.unfinished-<rank>.jsonl`` beside the files that are being written. The first line says which job
 it belongs to (a digest of everything that the result depends on) and the generation of its files;
@@ -39,7 +39,9 @@ class Journal:
     """The lines of one process; opened for one job."""
 
     def __init__(self, folder: Path, rank: int, job: str, generation: int) -> None:
-        self._file = open(folder / _PATTERN.format(rank), "a", encoding="utf-8")
+        self._file = open(  # noqa: SIM115 (closed by close)
+            folder / _PATTERN.format(rank), "a", encoding="utf-8"
+        )
         if self._file.tell() == 0:
             self._write({"job": job, "generation": generation})
         else:
@@ -66,7 +68,8 @@ def journals(folder: Path) -> list[Path]:
 def read_journals(folder: Path, job: str) -> tuple[int | None, dict[int, Record]]:
     """The generation of an unfinished run of this job, and the shards that it finished; None where
     there is none, or one of another job."""
-    generation, finished = None, {}
+    generation: int | None = None
+    finished: dict[int, Record] = {}
     for file in journals(folder):
         lines = _lines(file)
         if not lines:

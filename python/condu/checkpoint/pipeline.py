@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Generic, TypeVar
 
 from condu.checkpoint.room import Room
@@ -72,7 +73,7 @@ class Pipeline(Generic[Outcome]):
                 room.clear()
                 outcome = self._process(self._units[number], room)
                 with self._moved:
-                    self._moved.wait_for(lambda: self._turn == number or self._failure)
+                    self._moved.wait_for(partial(self._may_pass, number))
                     if self._failure is not None:
                         return
                 self._passed(self._units[number], outcome)
@@ -81,6 +82,9 @@ class Pipeline(Generic[Outcome]):
                     self._moved.notify_all()
         except BaseException as error:
             self._stop(error)
+
+    def _may_pass(self, number: int) -> bool:
+        return self._turn == number or self._failure is not None
 
     def _stop(self, error: BaseException) -> None:
         with self._moved:

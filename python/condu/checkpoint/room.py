@@ -29,7 +29,9 @@ class Room:
         """A flat tensor, on a cache line of its own; its values are arbitrary."""
         start, end = self._taken, self._taken + numel * dtype.itemsize
         if end > self._memory.numel():
-            raise MemoryError(f"a unit needs more than the {self._memory.numel()} bytes of its room")
+            raise MemoryError(
+                f"a unit needs more than the {self._memory.numel()} bytes of its room"
+            )
         self._taken = self._start - (self._start - end) // _LINE * _LINE
         return self._memory[start:end].view(dtype)
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,20 +80,20 @@ class Runner:
         begin = time.perf_counter()
         finished = self._finished_before()
         rest = [k for k in range(len(self._job.shards)) if k not in finished]
-        with self._world.step():
-            room_for, memory = rooms(self._job, self._options, self._world)
+        with self._world.step() as step:
+            self.workers, step.mine = workers_and_elements(self._job, self._options)
             if self._world.leads:
                 files = {k: self._job.files(k, self._target.generation) for k in rest}
                 self._target.check_room(files)
-            self.workers = len(memory)
-        units = [u for k in rest for u in cut(k, self._job.shards[k], self._job.numels, room_for)]
+        elements = min(step.all)  # all cut alike
+        units = [u for k in rest for u in cut(k, self._job.shards[k], self._job.numels, elements)]
         shares = share(units, self._world.size)
         first_rank = {
             units[n].shard: rank for rank, own in reversed([*enumerate(shares)]) for n in own
         }
         mine = [units[n] for n in shares[self._world.rank]]
-        counts = {k: sum(unit.shard == k for unit in units) for k in {unit.shard for unit in mine}}
-        self._prepare(mine, counts)
+        self._prepare(Counter(unit.shard for unit in units), Counter(unit.shard for unit in mine))
+        memory = rooms(self._job, self._options, self.workers, elements)
         self._options.progress(0, self._bytes_of(rest) // self._world.size)
         with self._stopping_others(), self._world.step():
             try:
@@ -236,7 +237,7 @@ class Runner:
                 if first_rank[k] == self._world.rank:
                     self._join(k, [parts[k] for parts in step.all if k in parts])
 
-    def _join(self, k: int, parts: Sequence[tuple]) -> None:  # type: ignore[type-arg]
+    def _join(self, k: int, parts: Sequence[tuple[Any, ...]]) -> None:
         shard = self._shards[k]
         zero_sums = dict.fromkeys(shard.zero_sums, 0)
         base: dict[int, str] = {}

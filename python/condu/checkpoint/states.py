@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import xxhash
 
+from condu.checkpoint.committing import Commit, Unchanged, forget_others
 from condu.checkpoint.fusing import Absorbing, Merging, StateJob, Unifying
 from condu.checkpoint.inputs import Models
 from condu.checkpoint.matching import describe, find_base, logical, match
 from condu.checkpoint.options import Options
-from condu.checkpoint.committing import Commit, Unchanged, forget_others
 from condu.checkpoint.prepared import Prepared, seen
 from condu.checkpoint.sources import Source, open_source
 from condu.checkpoint.state_files import StateFiles
@@ -62,7 +62,9 @@ def prepare_unify(
         ) | {"rule": asdict(rule), "private": list(private)}
     job = StateJob(spec, fusion, rule, dtype)
     commit = Commit(job, {}, os.fspath(base), dict(zip(tasks, matched, strict=True)))
-    return Prepared(job, folder, identity, forget_others, commit, commit.others, world, options, held=held)
+    return Prepared(
+        job, folder, identity, forget_others, commit, commit.others, world, options, held=held
+    )
 
 
 def prepare_absorb(
@@ -118,14 +120,16 @@ def prepare_merge(a: PathLike, b: PathLike, out: PathLike, *, options: Options) 
         folder = _new_folder(out)
         states = [held.enter_context(StateFiles(Path(path))) for path in (a, b)]
         order = _mergeable(*(state.manifest for state in states))
-        fusion = Merging(*states, order, device_of(options))
+        fusion = Merging(states[0], states[1], order, device_of(options))
         step.claims["the command"] = identity = identity_of("merge", [], [], options, states=states)
         check_sums(world, states)
     left, right = (state.manifest for state in states)
     job = StateJob(logical(left.spec), fusion, left.rule, left.dtype)
     prints = right.base_fingerprints | left.base_fingerprints
     commit = Commit(job, prints, left.base_name or right.base_name, {}, states)
-    return Prepared(job, folder, identity, forget_others, commit, commit.others, world, options, held=held)
+    return Prepared(
+        job, folder, identity, forget_others, commit, commit.others, world, options, held=held
+    )
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -200,9 +204,7 @@ def _mergeable(a: Manifest, b: Manifest) -> list[int]:
         if entry != other:
             raise ValueError(f"the states differ in a tensor: {entry} and {other}")
         if b.base_fingerprints.get(entry.name) != a.base_fingerprints.get(entry.name):
-            raise ValueError(
-                f"the states are over different base models: {entry.name!r} differs"
-            )
+            raise ValueError(f"the states are over different base models: {entry.name!r} differs")
     if len(positions) != len(a.spec.tensors):
         extra = min(positions.keys() - {entry.name for entry in a.spec.tensors})
         raise ValueError(f"the states differ in a tensor: only the second has {extra!r}")

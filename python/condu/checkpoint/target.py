@@ -1,8 +1,8 @@
 """A folder in which files are written piece by piece, from several processes, until a commit.
 
-Nothing in it counts before the commit, which is a rename made by one process: of ``config.json`` for
-a state, of the folder itself for a model. A run that was killed leaves its files and its journal
-(:mod:`condu.checkpoint.journal`); the same command finds both and goes on.
+Nothing in it counts before the commit, which is a rename made by one process: of ``config.json``
+for a state, of the folder itself for a model. A run that was killed leaves its files and its
+journal (:mod:`condu.checkpoint.journal`); the same command finds both and goes on.
 """
 
 from __future__ import annotations

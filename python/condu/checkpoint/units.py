@@ -1,8 +1,8 @@
 """Work in small pieces: ranges of tensors that are read, fused and written at a time.
 
-A *shard* is a group of output files that are cut alike and hold whole tensors. A *unit* is a list of
-*segments*, ranges of a shard's tensors, cut where the chunks of the sums are (64 Ki elements), so
-that how a model is cut changes no result. Units are numbered through all shards, in file order.
+A *shard* is a group of output files that are cut alike and hold whole tensors. A *unit* is a list
+of *segments*, ranges of a shard's tensors, cut where the chunks of the sums are (64 Ki elements),
+so that how a model is cut changes no result.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def cut(shard: int, tensors: Sequence[int], numels: Sequence[int], room: int) ->
 def share(units: Sequence[Unit], processes: int) -> list[range]:
     """Which units each process does: runs of about as many elements."""
     total = sum(unit.elements for unit in units)
-    ends, done = [], 0
+    ends: list[int] = []
+    done = 0
     for number, unit in enumerate(units, start=1):
         done += unit.elements
         while len(ends) < processes - 1 and done * processes >= total * (len(ends) + 1):
