@@ -85,6 +85,7 @@ class Costs:
         self.read = self.written = 0
         self.seconds = dict.fromkeys(("read", "fuse", "write", "check", "sync"), 0.0)
         self.elapsed = self.waited = 0.0
+        self.workers = 1
         self._lock = threading.Lock()
 
     @contextmanager
@@ -102,8 +103,9 @@ class Costs:
             self.read += read
             self.written += written
 
-    def line(self, workers: int) -> str:
+    def line(self) -> str:
         """What a command prints at its end."""
+        workers = max(self.workers, 1)
         speed = (self.read + self.written) / 1e9 / max(self.elapsed, 1e-9)
         each = ", ".join(
             f"{what} {self.seconds[key] / workers:.2f} s"

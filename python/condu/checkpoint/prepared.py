@@ -36,6 +36,7 @@ class Prepared:
         commit: called there when all shards are on disk: makes them count.
         others: files in the folder that this command may remove, but did not write as shards.
         temporary: whether the folder is one that the commit renames.
+        other_dtype: of a new state, the other dtype that it could have, and its bytes with it.
         held: closes the inputs.
     """
 
@@ -48,6 +49,7 @@ class Prepared:
     world: World
     options: Options
     temporary: bool = False
+    other_dtype: tuple[str, int] | None = None
     held: ExitStack = field(default_factory=ExitStack)
 
     def run(self) -> Costs:

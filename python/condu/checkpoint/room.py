@@ -17,6 +17,7 @@ class Room:
     """``size`` bytes on the CPU; page-locked with ``pin``, for copies to a GPU."""
 
     def __init__(self, size: int, *, pin: bool = False) -> None:
+        self.size = size
         self._memory = torch.empty(size + _LINE, dtype=torch.uint8, pin_memory=pin)
         self._start = -self._memory.data_ptr() % _LINE
         self._taken = self._start

@@ -63,7 +63,6 @@ class Runner:
     def __init__(self, job: Job, target: Target, world: World, options: Options) -> None:
         self._job, self._target, self._world, self._options = job, target, world, options
         self.costs = Costs()
-        self.workers = 1
         self._records: dict[int, Record] = {}
         self._shards: dict[int, _Progress] = {}
         self._syncs: list[Future[None]] = []
@@ -81,7 +80,7 @@ class Runner:
         finished = self._finished_before()
         rest = [k for k in range(len(self._job.shards)) if k not in finished]
         with self._world.step() as step:
-            self.workers, step.mine = workers_and_elements(self._job, self._options)
+            self.costs.workers, step.mine = workers_and_elements(self._job, self._options)
             if self._world.leads:
                 files = {k: self._job.files(k, self._target.generation) for k in rest}
                 self._target.check_room(files)
@@ -93,7 +92,7 @@ class Runner:
         }
         mine = [units[n] for n in shares[self._world.rank]]
         self._prepare(Counter(unit.shard for unit in units), Counter(unit.shard for unit in mine))
-        memory = rooms(self._job, self._options, self.workers, elements)
+        memory = rooms(self._job, self._options, self.costs.workers, elements)
         self._options.progress(0, self._bytes_of(rest) // self._world.size)
         with self._stopping_others(), self._world.step():
             try:
