@@ -11,6 +11,7 @@ import typer
 
 EXTRA = {
     "accelerate": "accelerate",
+    "huggingface_hub": "huggingface_hub",
     "jinja2": "jinja2",
     "matplotlib": "matplotlib",
     "open_clip": "open_clip_torch",
