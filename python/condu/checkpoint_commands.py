@@ -170,7 +170,7 @@ def unify(
         base,
         _tasks(task),
         out,
-        rule=FusionRule(zero_sum, rescale),  # type: ignore[arg-type] (checked there)
+        rule=FusionRule(zero_sum, rescale),  # type: ignore[arg-type]
         dtype=dtypes[state_dtype],
         private=private or (),
         options=options,
