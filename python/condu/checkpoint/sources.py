@@ -100,6 +100,8 @@ def open_source(
             not allowed.
     """
     name, path = os.fspath(where), Path(where)
+    if not name:
+        raise ValueError("the name of a model is empty")
     if not path.exists():
         from condu.checkpoint.hub import download
 
