@@ -33,7 +33,7 @@ def model(seed: int, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]
 
 
 def moved(base: Mapping[str, Tensor], seed: int, *, coarse: bool = True) -> dict[str, Tensor]:
-    """A fine-tuned model; ``coarse``: by few different amounts, so that sums of them are often 0."""
+    """A fine-tuned model; ``coarse``: by few different amounts, whose sums are often 0."""
     generator = torch.Generator().manual_seed(1000 + seed)
     result = {}
     for name, tensor in base.items():

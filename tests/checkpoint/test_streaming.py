@@ -35,7 +35,9 @@ class Models:
         self.base = model(0, dtype=dtype)
         self.tasks = {task: moved(self.base, k) for k, task in enumerate(TASKS)}
         self.base_file = save(self.base, folder / "base.safetensors")
-        self.files = {task: save(m, folder / f"{task}.safetensors") for task, m in self.tasks.items()}
+        self.files = {
+            task: save(m, folder / f"{task}.safetensors") for task, m in self.tasks.items()
+        }
 
     def state(self, *names: str, **options: object) -> cx.UnifiedDelta:
         chosen = {name: self.tasks[name] for name in names or TASKS}
@@ -198,7 +200,9 @@ def test_a_narrower_fine_tune(tmp_path: Path, pieces: None) -> None:
             if tensor.is_floating_point() and name != "bias":
                 tuned[name] = tensor.bfloat16()
         save(tuned, models.files[task])
-    with pytest.raises(ValueError, match=r"task 'a', tensor 'matrix': is torch\.bfloat16, narrower"):
+    with pytest.raises(
+        ValueError, match=r"task 'a', tensor 'matrix': is torch\.bfloat16, narrower"
+    ):
         models.unify(tmp_path / "state")
     assert not (tmp_path / "state").exists()
     options = Options(match_dtype=True)
@@ -228,7 +232,7 @@ def test_a_task_outvoted_everywhere(tmp_path: Path, pieces: None) -> None:
     assert not state.mask("quiet")["w"].any()
     # dead stays dead, without another warning
     still = save({"w": torch.full_like(base["w"], 2.0)}, tmp_path / "still.safetensors")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="outvoted on every parameter") as caught:
         checkpoint.absorb(tmp_path / "state", "third", still, base=where)
     assert [str(w.message)[:12] for w in caught] == ["task 'loud' "]
 
