@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from condu.checkpoint import dcp as ours
 from condu.checkpoint.dcp import write_dcp
-from condu.checkpoint.safetensors_source import SafetensorsSource
 from condu.checkpoint.sources import Source, open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -111,30 +112,47 @@ def test_the_copy_is_made_once_by_the_first_read(
     assert not list((tmp_path / "scratch").iterdir())
 
 
-def test_a_model_comes_back_through_dcp(tmp_path: Path, state: Any) -> None:
-    model = open_source(tmp_path / "hf")
-    assert isinstance(model, SafetensorsSource)
-    write_dcp(tmp_path / "out", model)
+def test_a_model_turned_into_dcp_is_one_for_torch(tmp_path: Path, state: Any) -> None:
+    texts = {p.name for p in (tmp_path / "hf").iterdir() if "safetensors" not in p.name}
+    write_dcp(tmp_path / "hf")
+    assert {p.name for p in (tmp_path / "hf").iterdir()} == texts | {".metadata", "__0_0.distcp"}
     found = {name: torch.full_like(tensor, 9) for name, tensor in state.items()}
-    dcp.load(found, checkpoint_id=tmp_path / "out", no_dist=True)
+    dcp.load(found, checkpoint_id=tmp_path / "hf", no_dist=True)
     for name, tensor in state.items():
         assert_same_bits(found[name], tensor)
-    again = opened(tmp_path / "out")
-    assert again.tensors.keys() == model.tensors.keys()
-    again.close()
+    source = opened(tmp_path / "hf")
+    assert source.tensors.keys() == state.keys()
+    source.close()
 
 
 def test_tensors_of_every_kind_are_written(tmp_path: Path) -> None:
     state = {"b": torch.tensor([True]), "x": torch.randn(3, dtype=torch.float64)}
     state |= {"scalar": torch.tensor(2.5), "empty": torch.empty(2, 0), "i": torch.arange(5)}
     save_file(state, tmp_path / "all.safetensors")
-    model = open_source(tmp_path / "all.safetensors")
-    assert isinstance(model, SafetensorsSource)
-    write_dcp(tmp_path / "out", model)
-    source = opened(tmp_path / "out")
+    write_dcp(tmp_path)
+    source = opened(tmp_path)
     for name, tensor in state.items():
         assert_same_bits(values(source, name), tensor)
     source.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sets a limit of the process")
+def test_where_dcp_cannot_be_written_the_files_stay(tmp_path: Path, state: Any) -> None:
+    before = {path.name for path in (tmp_path / "hf").iterdir()}
+    code = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from condu.checkpoint.dcp import write_dcp\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try:\n    write_dcp(Path(sys.argv[1]))\n"
+        "except OSError as error:\n    sys.exit(f'{type(error).__name__}: {error}')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "hf")], capture_output=True, text=True
+    )
+    assert "OSError: [Errno 27]" in result.stderr
+    assert before <= {path.name for path in (tmp_path / "hf").iterdir()}
 
 
 def test_pickles_are_refused_unless_allowed(tmp_path: Path, state: Any) -> None:

@@ -167,7 +167,7 @@ def test_without_permission() -> None:
             path.chmod(0)
             os.seteuid(user or 65534)
             try:
-                with pytest.raises(PermissionError, match=f"{path}'"):
+                with pytest.raises(PermissionError, match=rf"{path}['/]"):
                     open_source(folder)
             finally:
                 os.seteuid(user)

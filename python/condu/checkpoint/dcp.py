@@ -115,18 +115,30 @@ class DistributedSource:
             raise ValueError(f"{self._folder}: {reason(error)}") from None
 
 
-def write_dcp(folder: Path, model: SafetensorsSource) -> None:
-    """Write a model as a DCP folder that holds its tensors by name; ``.metadata`` comes last.
+def write_dcp(folder: Path) -> None:
+    """Turn the safetensors files of a folder into a DCP checkpoint that holds the same tensors by
+    name; other files stay.
 
-    Values are read from the model's files as they are written, a tensor at a time.
+    Values are written from where they lie in the mapped files, a tensor at a time.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full.
+        OSError: the folder cannot be read or written, or the disk is full. The safetensors files
+            are all there still.
+        ValueError: there are none, or damaged ones.
     """
+    model = SafetensorsSource.of_folder(str(folder), folder)
+    if model is None:
+        raise ValueError(f"{folder}: holds no safetensors files")
     files = {file: np.memmap(file, np.uint8, "c") for file in model.weights}
     tensors: dict[str, Any] = {
         name: _mapped(files[tensor.file], tensor) for name, tensor in model.tensors.items()
     }
+    _save(tensors, folder)
+    for file in (*model.weights, *([model.index] if model.index else [])):
+        file.unlink()
+
+
+def _save(tensors: dict[str, Any], folder: Path) -> None:
     planner, writer = DefaultSavePlanner(), FileSystemWriter(folder)
     planner.set_up_planner(tensors, writer.storage_meta(), is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)

@@ -42,6 +42,34 @@ def inspect_state(
             console.print(table)
 
 
+@app.command("verify")
+def verify_state(
+    state: State,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Also compare this model with the recorded base."),
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read a BASE that is a .bin or .pt file.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Read everything, and list all that is wrong: damaged files, values that make no sense.
+
+    Ends with status 0 for a whole state, 1 if something is wrong with it or the base differs, and 2
+    for what cannot be read at all.
+    """
+    with errors("verify", debug):
+        from condu.checkpoint.verifying import verify
+
+        faults = verify(state, base, allow_pickle=allow_pickle)
+        for fault in faults:
+            print(fault)
+        if faults:
+            raise typer.Exit(1)
+        print(f"{state}: whole" + ("" if base is None else f", and over {base}"))
+
+
 @app.command("drop")
 def drop_task(
     state: State,
