@@ -62,8 +62,18 @@ def prepare_unify(
         ) | {"rule": asdict(rule), "private": list(private)}
     job = StateJob(spec, fusion, rule, dtype)
     commit = Commit(job, {}, os.fspath(base), dict(zip(tasks, matched, strict=True)))
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     return Prepared(
-        job, folder, identity, forget_others, commit, commit.others, world, options, held=held
+        job,
+        folder,
+        identity,
+        forget_others,
+        commit,
+        commit.others,
+        world,
+        options,
+        other_dtype=(other, job.bytes_with(other)),
+        held=held,
     )
 
 
