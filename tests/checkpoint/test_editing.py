@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import condu_ext as cx
 from condu.checkpoint import editing
 from condu.checkpoint.editing import drop, rename
-from condu.checkpoint.state_commands import app
+from condu.state_commands import app
 from condu_ext import loading
 from condu_ext.manifest import read_manifest
 

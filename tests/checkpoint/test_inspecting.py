@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import condu_ext as cx
 from condu.checkpoint import inspecting
 from condu.checkpoint.inspecting import group_of, inspect
-from condu.checkpoint.state_commands import app
+from condu.state_commands import app
 from condu_ext.manifest import read_manifest
 
 GROUPS = {

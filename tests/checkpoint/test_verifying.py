@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import condu_ext as cx
 from condu.checkpoint import verifying
-from condu.checkpoint.state_commands import app
 from condu.checkpoint.verifying import verify
+from condu.state_commands import app
 from condu_ext import storage
 from condu_ext.manifest import CheckpointError, read_manifest
 
