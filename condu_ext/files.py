@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PART = ".part"
 """Suffix of a file that is being written; one left over by a kill may be removed."""
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an OSError say which file it is about: "no space left on device" alone does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def sync(path: str | os.PathLike[str]) -> None:
@@ -30,12 +42,11 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{PART}")
     try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-    except BaseException as error:
+        with naming(path):
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)  # "no space left on device" alone does not say where
         raise
     sync(path.parent)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,29 +24,35 @@ from condu_ext.files import replace
 from condu_ext.manifest import CONFIG, Manifest, TaskEntry, generation_of, read_manifest
 from condu_ext.rescale import rescalers, warn_of
 
-_PIECE = 1 << 20  # elements of a private tensor that are copied at a time
+_PIECE = 1 << 20  # elements that are read and written at a time
 
 
-def forget_others(target: Target) -> None:
-    """Remove what an interrupted run of another command left in a folder without a state."""
-    if not target.finished:
-        target.forget([name for name in os.listdir(target.folder) if generation_of(name)])
+def left_over(target: Target) -> list[str]:
+    """The files that interrupted runs of other commands left in a folder without a state.
+
+    Raises:
+        ValueError: another process made a state there meanwhile.
+    """
+    if (target.folder / CONFIG).exists():
+        raise ValueError(f"{target.folder}: another process made a state there meanwhile")
+    return _others(target, ())
 
 
 class Unchanged:
-    """Called for a folder with a state: it must still be the one that was checked, and what an
-    interrupted run of another command left there is removed."""
+    """:func:`left_over` of a folder with a state, which must still be the one that was checked."""
 
     def __init__(self, old: StateFiles) -> None:
         self._old = old
 
-    def __call__(self, target: Target) -> None:
+    def __call__(self, target: Target) -> list[str]:
         if read_manifest(target.folder) != self._old.manifest:
             raise RuntimeError(f"{target.folder}: another process changed the state meanwhile")
-        if not target.finished:
-            kept = self._old.manifest.files
-            names = [n for n in os.listdir(target.folder) if generation_of(n) and n not in kept]
-            target.forget(names)
+        return _others(target, self._old.manifest.files)
+
+
+def _others(target: Target, kept: Container[str]) -> list[str]:
+    """Names of the data files in a folder that belong to no state."""
+    return [n for n in os.listdir(target.folder) if generation_of(n) and n not in kept]
 
 
 class Commit:
@@ -89,13 +95,7 @@ class Commit:
         )
         text = manifest.to_json()
         replace(target.folder / CONFIG, lambda file: file.write_text(text, "utf-8"))
-        target.forget(
-            [
-                name
-                for name in os.listdir(target.folder)
-                if generation_of(name) and name not in files
-            ]
-        )
+        target.commit_state(_others(target, files))
         warn_of(died)
 
     def others(self, target: Target) -> list[str]:
@@ -153,12 +153,13 @@ class Commit:
         changed = None
         with FileReader() as reader:
             for place in (triggers[task][name] for name in names):
-                bits = torch.empty(place.numel, dtype=torch.uint8)
                 file = target.folder / place.file
-                reader.read_bytes(file, place.offset, as_bytes(bits))
-                if bits.any():
-                    target.write(file.name, place.offset, as_bytes(bits.zero_()))
-                    changed = file.name
+                for start in range(0, place.numel, _PIECE):
+                    bits = torch.empty(min(_PIECE, place.numel - start), dtype=torch.uint8)
+                    reader.read_bytes(file, place.offset + start, as_bytes(bits))
+                    if bits.any():
+                        target.write(file.name, place.offset + start, as_bytes(bits.zero_()))
+                        changed = file.name
         if changed:
             target.settle([changed])
         return changed

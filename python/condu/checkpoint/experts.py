@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from condu.checkpoint.state_files import StateFiles
 from condu.checkpoint.states import PathLike, check_sums, closing, device_of, identity_of, opened
 from condu.checkpoint.target import Target
 from condu.checkpoint.world import World
-from condu_ext.files import sync
 
 INDEX = "model.safetensors.index.json"
 
@@ -53,7 +50,7 @@ def prepare_extract(
         job,
         folder,
         identity,
-        _clear,
+        _left_over,
         commit,
         lambda target: [],
         world,
@@ -63,10 +60,9 @@ def prepare_extract(
     )
 
 
-def _clear(target: Target) -> None:
-    """Remove what an interrupted run of another command left."""
-    if not target.finished:
-        target.forget([p.name for p in target.folder.iterdir() if not p.name.startswith(".")])
+def _left_over(target: Target) -> list[str]:
+    """What an interrupted run of another command left."""
+    return [path.name for path in target.folder.iterdir() if not path.name.startswith(".")]
 
 
 class _Commit:
@@ -77,24 +73,17 @@ class _Commit:
 
     def __call__(self, target: Target, records: Records) -> None:
         folder: Path | None = getattr(self._base, "folder", None)
-        target.forget([])
         if self._out.suffix == ".safetensors":
             (name,) = (file.name for k in records for file in self._job.files(k, 0))
-            os.replace(target.folder / name, self._out)
-            shutil.rmtree(target.folder)
-        else:
-            if (index := self._job.index()) is not None:
-                existing = getattr(self._base, "index", None)
-                write_index(index, target.folder / (existing.name if existing else INDEX))
-            if self._format == "dcp":
-                from condu.checkpoint.dcp import write_dcp
+            target.commit_file(name, self._out)
+            return
+        if (index := self._job.index()) is not None:
+            existing = getattr(self._base, "index", None)
+            write_index(index, target.folder / (existing.name if existing else INDEX))
+        if self._format == "dcp":
+            from condu.checkpoint.dcp import write_dcp
 
-                write_dcp(target.folder)
-            if folder is not None:
-                copy_others(folder, target.folder)
-            (target.folder / ".lock").unlink(missing_ok=True)
-            for path in target.folder.rglob("*"):
-                if path.is_file():
-                    sync(path)
-            os.replace(target.folder, self._out)
-        target.folder = self._out.parent
+            write_dcp(target.folder)
+        if folder is not None:
+            copy_others(folder, target.folder)
+        target.commit_folder(self._out)

@@ -1,19 +1,21 @@
 """What a killed run had finished: a line a shard, from where the same command goes on.
 
-``.unfinished-<rank>.jsonl`` beside the files that are being written. The first line says which job
-it belongs to (a digest of everything that the result depends on) and the generation of its files;
-each further one is a finished shard: the sums of its tensors, and size and checksum of its files,
-which were on disk before the line was written. A line that a kill cut short is no line.
+``.unfinished-<rank>.jsonl`` beside the files that are being written. Each line is a finished shard:
+which job it belongs to (a digest of everything that the result depends on), the generation of its
+files, the sums of its tensors, and size and checksum of its files, which were on disk before the
+line was written. A line that a kill cut short is no line.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from condu_ext.files import naming
 
 _PATTERN = ".unfinished-{}.jsonl"
 
@@ -34,30 +36,41 @@ class Record:
     zero_sums: list[int] = field(default_factory=list)
     base: list[str] = field(default_factory=list)
 
+    def fits(self, sizes: Mapping[str, int], rows: int, tensors: int) -> bool:
+        """Whether it is of a shard with files of these sizes, so many tensors and rows of sums."""
+        return (
+            {name: entry["size"] for name, entry in self.files.items()} == sizes
+            and [len(row) for row in self.sums] == [tensors] * rows
+            and len(self.zero_sums) == len(self.base) == tensors
+        )
+
 
 class Journal:
-    """The lines of one process; opened for one job."""
+    """The lines of one process, of one run of a job."""
 
     def __init__(self, folder: Path, rank: int, job: str, generation: int) -> None:
-        self._file = open(  # noqa: SIM115 (closed by close)
-            folder / _PATTERN.format(rank), "a", encoding="utf-8"
-        )
-        if self._file.tell() == 0:
-            self._write({"job": job, "generation": generation})
-        else:
-            self._file.write("\n")  # after a line that a kill cut short
+        self._run = {"job": job, "generation": generation}
+        self._path = folder / _PATTERN.format(rank)
+        # without a buffer, for what a full disk leaves in one fails once more on close
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._torn = self._file.tell() > 0  # perhaps, by a kill
 
     def add(self, shard: int, record: Record) -> None:
-        """Note a finished shard, whose files are on disk."""
-        self._write({"shard": shard, **asdict(record)})
+        """Note a finished shard, whose files are on disk.
+
+        Raises:
+            OSError: naming the journal; the disk is full, and so on.
+        """
+        line = json.dumps(self._run | {"shard": shard, **asdict(record)}) + "\n"
+        rest = memoryview(("\n" * self._torn + line).encode())
+        self._torn = True
+        with naming(self._path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
 
 def journals(folder: Path) -> list[Path]:
@@ -66,29 +79,30 @@ def journals(folder: Path) -> list[Path]:
 
 
 def read_journals(folder: Path, job: str) -> tuple[int | None, dict[int, Record]]:
-    """The generation of an unfinished run of this job, and the shards that it finished; None where
-    there is none, or one of another job."""
+    """The generation of an unfinished run of this job, and the shards that it finished: None and
+    nothing where there is none."""
     generation: int | None = None
     finished: dict[int, Record] = {}
-    for file in journals(folder):
-        lines = _lines(file)
-        if not lines:
-            continue
+    for line in (line for file in journals(folder) for line in _lines(file)):
         try:
-            if lines[0]["job"] != job or generation not in (None, lines[0]["generation"]):
-                return None, {}
-            generation = int(lines[0]["generation"])
-            finished |= {int(line.pop("shard")): Record(**line) for line in lines[1:]}
+            if line.pop("job") != job:
+                continue
+            of = int(line.pop("generation"))
+            shard, record = int(line.pop("shard")), Record(**line)
         except (KeyError, TypeError, ValueError):  # nothing that this class wrote
-            return None, {}
+            continue
+        if generation is None or of == generation:
+            generation = of
+            finished[shard] = record
     return generation, finished
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    found = []
-    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            continue
-    return [line for line in found if isinstance(line, dict)]
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for text in lines:
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(line, dict):
+                yield line

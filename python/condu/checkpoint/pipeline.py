@@ -9,7 +9,7 @@ behind it, through which the units pass one by one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -17,6 +17,8 @@ from condu.checkpoint.room import Room
 from condu.checkpoint.units import Unit
 
 Outcome = TypeVar("Outcome")
+
+_LOOK = 0.2  # seconds between two calls of ``check``
 
 
 class Pipeline(Generic[Outcome]):
@@ -30,13 +32,14 @@ class Pipeline(Generic[Outcome]):
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        units: Iterable[Unit],
         process: Callable[[Unit, Room], Outcome],
         passed: Callable[[Unit, Outcome], None],
         check: Callable[[], None],
     ) -> None:
-        self._units, self._process, self._passed, self._check = units, process, passed, check
-        self._next = self._turn = 0
+        self._process, self._passed, self._check = process, passed, check
+        self._numbered = enumerate(units)
+        self._turn = 0
         self._failure: BaseException | None = None
         self._moved = threading.Condition()
 
@@ -52,13 +55,16 @@ class Pipeline(Generic[Outcome]):
                 worker.start()
             for worker in workers:
                 while worker.is_alive():
-                    worker.join(0.2)
+                    worker.join(_LOOK)
                     self._check()
         except BaseException as error:
             self._stop(error)
-        for worker in workers:
-            if worker.ident is not None:
-                worker.join()
+        while any(worker.is_alive() for worker in workers):
+            try:
+                for worker in filter(threading.Thread.is_alive, workers):
+                    worker.join()
+            except KeyboardInterrupt as error:  # not before they stopped writing
+                self._stop(error)
         if self._failure is not None:
             raise self._failure
 
@@ -66,17 +72,16 @@ class Pipeline(Generic[Outcome]):
         try:
             while True:
                 with self._moved:
-                    if self._failure is not None or self._next == len(self._units):
-                        return
-                    number = self._next
-                    self._next += 1
+                    number, unit = next(self._numbered, (0, None))
+                if unit is None or self._failure is not None:
+                    return
                 room.clear()
-                outcome = self._process(self._units[number], room)
+                outcome = self._process(unit, room)
                 with self._moved:
                     self._moved.wait_for(partial(self._may_pass, number))
                     if self._failure is not None:
                         return
-                self._passed(self._units[number], outcome)
+                self._passed(unit, outcome)
                 with self._moved:
                     self._turn += 1
                     self._moved.notify_all()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -99,12 +101,12 @@ def plan(prepared: Prepared) -> Plan:
     )
 
 
-def _sample(prepared: Prepared, elements: int) -> list[Unit]:
+def _sample(prepared: Prepared, elements: int) -> Iterator[Unit]:
     """The first units of every shard in turn."""
     job = prepared.job
-    groups = [list(cut(k, job.shards[k], job.numels, elements)) for k in range(len(job.shards))]
-    longest = max(len(group) for group in groups)
-    return [group[n] for n in range(longest) for group in groups if n < len(group)]
+    shards = [cut(k, job.shards[k], job.numels, elements) for k in range(len(job.shards))]
+    for units in zip_longest(*shards):
+        yield from (unit for unit in units if unit is not None)
 
 
 def _write_rate(folder: Path) -> float:

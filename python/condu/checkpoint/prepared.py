@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +32,8 @@ class Prepared:
         folder: where files are written.
         identity: everything that the result depends on; a run that was killed is continued by one
             with the same.
-        settle: called on the process that leads, once it has claimed the folder: looks whether what
-            was checked still holds.
+        stale: called on the process that leads, once it has claimed the folder: looks whether what
+            was checked still holds, and names the files there that another run may have left.
         commit: called there when all shards are on disk: makes them count.
         others: files in the folder that this command may remove, but did not write as shards.
         temporary: whether the folder is one that the commit renames.
@@ -44,7 +44,7 @@ class Prepared:
     job: Job
     folder: Path
     identity: dict[str, Any]
-    settle: Callable[[Target], None]
+    stale: Callable[[Target], Iterable[str]]
     commit: Callable[[Target, Records], None]
     others: Callable[[Target], Sequence[str]]
     world: World
@@ -65,28 +65,28 @@ class Prepared:
         target = Target(self.folder, self._digest(), temporary=self.temporary)
         runner = Runner(self.job, target, self.world, self.options)
         try:
-            try:
-                with self.world.step() as step:
-                    if self.world.leads:
-                        target.claim()
-                        self.settle(target)
-                        step.mine = target.generation, target.finished
-                target.generation, target.finished = step.all[0]
-                records = runner.run()
-                with self.world.step():
-                    if self.world.leads:
-                        self.commit(target, records)
-                        target.committed()
-            except BaseException as error:
-                self._clean_up(target, error)
-                raise
+            with self.world.watching():
+                try:
+                    with self.world.step() as step:
+                        if self.world.leads:
+                            target.claim()
+                            target.start_anew(self.stale(target))
+                            step.mine = target.generation, target.finished
+                    target.generation, target.finished = step.all[0]
+                    records = runner.run()
+                    with self.world.step():
+                        if self.world.leads:
+                            self.commit(target, records)
+                except BaseException as error:
+                    self._clean_up(target, error)
+                    raise
         finally:
             target.close()
         return runner.costs
 
     def _clean_up(self, target: Target, error: BaseException) -> None:
         """After an error; what is finished stays where the same command may yet succeed."""
-        if not (self.world.leads and target.claimed):
+        if not target.claimed:
             return
         may_go_on = isinstance(error, (OSError, RuntimeError)) or not isinstance(error, Exception)
         if may_go_on and target.has_finished:
@@ -96,9 +96,9 @@ class Prepared:
         else:
             target.abandon([*self._names(target.generation), *self.others(target)])
 
-    def _names(self, generation: int) -> list[str]:
-        shards = range(len(self.job.shards))
-        return [file.name for k in shards for file in self.job.files(k, generation)]
+    def _names(self, generation: int) -> Iterator[str]:
+        for k in range(len(self.job.shards)):
+            yield from (file.name for file in self.job.files(k, generation))
 
     def _digest(self) -> str:
         text = json.dumps({"version": _C.version, **self.identity}, sort_keys=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import xxhash
 
-from condu.checkpoint.committing import Commit, Unchanged, forget_others
+from condu.checkpoint.committing import Commit, Unchanged, left_over
 from condu.checkpoint.fusing import Absorbing, Merging, StateJob, Unifying
 from condu.checkpoint.inputs import Models
 from condu.checkpoint.matching import describe, find_base, logical, match
@@ -67,7 +67,7 @@ def prepare_unify(
         job,
         folder,
         identity,
-        forget_others,
+        left_over,
         commit,
         commit.others,
         world,
@@ -119,8 +119,8 @@ def prepare_absorb(
     job = StateJob(spec, fusion, manifest.rule, manifest.dtype, expect)
     base_name = manifest.base_name or os.fspath(base)
     commit = Commit(job, known, base_name, {task: found}, [old])
-    settle = Unchanged(old) if in_place else forget_others
-    return Prepared(job, folder, identity, settle, commit, commit.others, world, options, held=held)
+    stale = Unchanged(old) if in_place else left_over
+    return Prepared(job, folder, identity, stale, commit, commit.others, world, options, held=held)
 
 
 def prepare_merge(a: PathLike, b: PathLike, out: PathLike, *, options: Options) -> Prepared:
@@ -138,7 +138,7 @@ def prepare_merge(a: PathLike, b: PathLike, out: PathLike, *, options: Options) 
     prints = right.base_fingerprints | left.base_fingerprints
     commit = Commit(job, prints, left.base_name or right.base_name, {}, states)
     return Prepared(
-        job, folder, identity, forget_others, commit, commit.others, world, options, held=held
+        job, folder, identity, left_over, commit, commit.others, world, options, held=held
     )
 
 

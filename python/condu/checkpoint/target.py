@@ -10,16 +10,18 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from condu.checkpoint.journal import Journal, Record, journals, read_journals
-from condu_ext.files import sync
+from condu_ext.files import naming, sync
 from condu_ext.fingerprint import file_fingerprint
 from condu_ext.manifest import generation_of
 from condu_ext.storage import writer_lock
+
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Target:
     Attributes:
         generation: number that the names of this run's files carry, where they carry one.
         finished: the shards that an earlier run of the same job finished.
-        claimed: whether this process holds the folder.
+        claimed: whether this process holds the folder, and nothing in it counts yet.
     """
 
     def __init__(self, folder: Path, job: str, *, temporary: bool) -> None:
@@ -62,28 +64,37 @@ class Target:
             OSError: the folder cannot be made or written.
             RuntimeError: another process is writing there.
         """
-        missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._made = missing
-        self._held.enter_context(writer_lock(self.folder))
+        new = [self.folder / _LOCK, self.folder, *self.folder.parents]
+        self._made = [path for path in new if not path.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(writer_lock(self.folder))
+        except OSError:
+            self._unmake()
+            raise
         generation, self.finished = read_journals(self.folder, self._job)
-        if generation is None:
-            numbers = (generation_of(name) or 0 for name in os.listdir(self.folder))
-            generation = 1 + max(numbers, default=0)
-        self.generation = generation
+        if generation is not None:
+            self.generation = generation
         self.claimed = True
 
-    def forget(self, files: list[str]) -> None:
-        """Remove what an earlier run of another job left: its journals, and ``files``."""
-        for file in (*journals(self.folder), *(self.folder / name for name in files)):
-            file.unlink(missing_ok=True)
+    def start_anew(self, stale: Iterable[str]) -> None:
+        """If there is nothing to go on from: remove what another run left, its journals and
+        ``stale``, and choose a generation."""
+        if self.finished:
+            return
+        self._remove(stale)
+        numbers = (generation_of(name) or 0 for name in os.listdir(self.folder))
+        self.generation = 1 + max(numbers, default=0)
 
-    def check_room(self, files: Mapping[int, list[NewFile]]) -> None:
-        """Raises OSError if the disk has less room than the files of these shards will take."""
+    def make_room(self, unfinished: Iterable[Sequence[NewFile]]) -> None:
+        """Remove what there is of the files of these shards, and look whether all will fit.
+
+        Raises:
+            OSError: the disk has less room than they take.
+        """
         wanted = 0
-        for file in (file for group in files.values() for file in group):
-            with suppress(FileNotFoundError):
-                wanted -= min(file.size, (self.folder / file.name).stat().st_blocks * 512)
+        for file in (file for files in unfinished for file in files):
+            (self.folder / file.name).unlink(missing_ok=True)
             wanted += file.size
         if (free := shutil.disk_usage(self.folder).free) < wanted:
             raise OSError(
@@ -101,28 +112,27 @@ class Target:
         Raises:
             OSError: naming the file; the disk is full, and so on.
         """
-        try:
+        with naming(self.folder / name):
             descriptor = self._open(name)
             rest = memoryview(data)
             while rest:
                 count = os.pwrite(descriptor, rest, offset)
                 rest, offset = rest[count:], offset + count
-        except OSError as error:
-            error.filename = error.filename or str(self.folder / name)
-            raise
 
-    def settle(self, names: list[str]) -> None:
-        """Close files of this process, with all that was written on disk."""
+    def settle(self, names: Iterable[str]) -> None:
+        """Close files of this process, with all that was written on disk.
+
+        Raises:
+            OSError: naming the file.
+        """
         for name in names:
             with self._lock:
                 descriptor = self._descriptors.pop(name, None)
             if descriptor is None:
                 continue
             try:
-                os.fsync(descriptor)
-            except OSError as error:
-                error.filename = error.filename or str(self.folder / name)
-                raise
+                with naming(self.folder / name):
+                    os.fsync(descriptor)
             finally:
                 os.close(descriptor)
 
@@ -150,24 +160,45 @@ class Target:
         """Whether a journal lists a finished shard."""
         return bool(read_journals(self.folder, self._job)[1])
 
-    def committed(self) -> None:
-        """After the commit, on the process that made it: the journals are no longer needed."""
-        sync(self.folder)
-        with suppress(OSError):
-            for file in journals(self.folder):
-                file.unlink(missing_ok=True)
+    def commit_state(self, stale: Iterable[str]) -> None:
+        """After the commit of a state: remove journals and ``stale``."""
+        self.claimed = False
+        with suppress(OSError):  # the new state is in force; the next run cleans up again
+            self._remove(stale)
 
-    def abandon(self, files: list[str]) -> None:
+    def commit_folder(self, place: Path) -> None:
+        """The commit of a temporary folder: it becomes ``place``.
+
+        Raises:
+            OSError: there is something else.
+        """
+        for path in (*self.folder.rglob("*"), self.folder):
+            sync(path)
+        os.replace(self.folder, place)
+        self.claimed = False
+        for path in (*journals(place), place / _LOCK):  # needed until here
+            path.unlink(missing_ok=True)
+        sync(place.parent)
+
+    def commit_file(self, name: str, place: Path) -> None:
+        """The commit of a single file of a temporary folder: it becomes ``place``.
+
+        Raises:
+            OSError: it cannot be put there.
+        """
+        os.replace(self.folder / name, place)
+        self.claimed = False
+        sync(place.parent)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def abandon(self, files: Iterable[str]) -> None:
         """Remove this run's files and journals, and the folders that it made, where they are empty
         then. For the process that claimed the folder."""
-        self.forget(files)
         if self._temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
-        elif self.folder in self._made:
-            (self.folder / ".lock").unlink(missing_ok=True)
-        for folder in self._made:
-            with suppress(OSError):
-                folder.rmdir()
+        else:
+            self._remove(files)
+        self._unmake()
 
     def close(self) -> None:
         """Close all files; another process may write in the folder again."""
@@ -184,3 +215,15 @@ class Target:
                 flags = os.O_RDWR | os.O_CREAT
                 self._descriptors[name] = os.open(self.folder / name, flags, 0o666)
             return self._descriptors[name]
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for path in (*journals(self.folder), *(self.folder / name for name in names)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _unmake(self) -> None:
+        for path in self._made:
+            with suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _ALIGN = 8
+_OPEN_FILES = 256  # at most, of one reader
 _METADATA = "__metadata__"
 _DTYPES = {
     "F64": torch.float64,
@@ -127,10 +129,14 @@ def as_bytes(flat: Tensor) -> memoryview:
 
 
 class FileReader:
-    """Open files to read parts of tensors from, in any number of threads; closed as one."""
+    """Files to read parts of tensors from, in any number of threads; closed as one.
+
+    The latest used stay open: a large state with many tasks has thousands, more than a process may
+    open.
+    """
 
     def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
+        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, tensor: StoredTensor, start: int, stop: int, out: Tensor) -> None:
@@ -144,17 +150,16 @@ class FileReader:
 
     def read_bytes(self, file: Path, offset: int, into: memoryview) -> None:
         """Fill ``into`` with the bytes of a file from ``offset`` on."""
-        descriptor = self._open(file)
+        descriptor = self._descriptor(file)  # open until its last reader lets go of it
         while into:
-            count = os.preadv(descriptor, [into], offset)
+            count = os.preadv(descriptor.number, [into], offset)
             if count == 0:
                 raise OSError(f"{file}: ends at byte {offset}, was it changed meanwhile?")
             into, offset = into[count:], offset + count
 
     def close(self) -> None:
         with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+            self._open.clear()
 
     def __enter__(self) -> FileReader:
         return self
@@ -162,8 +167,22 @@ class FileReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, file: Path) -> int:
+    def _descriptor(self, file: Path) -> _Descriptor:
         with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
-            return self._descriptors[file]
+            if file not in self._open:
+                self._open[file] = _Descriptor(file)
+            self._open.move_to_end(file)
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+            return self._open[file]
+
+
+class _Descriptor:
+    """A file that is closed with the last reference to it."""
+
+    def __init__(self, file: Path) -> None:
+        self.number = os.open(file, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)

@@ -7,13 +7,15 @@ so that how a model is cut changes no result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from condu_ext.layout import ALIGN, CHUNK, chunk_count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Elements [start, stop) of a tensor, by its position in the job's list."""
 
@@ -26,7 +28,7 @@ class Segment:
         return self.stop - self.start
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
     """What one worker does at a time; ``chunk`` is the number in its shard of the first chunk."""
 
@@ -72,14 +74,59 @@ def cut(shard: int, tensors: Sequence[int], numels: Sequence[int], room: int) ->
     yield Unit(shard, first, tuple(segments))
 
 
-def share(units: Sequence[Unit], processes: int) -> list[range]:
-    """Which units each process does: runs of about as many elements."""
-    total = sum(unit.elements for unit in units)
+class Division:
+    """The units of some shards, and how processes share them: runs of about as many elements.
+
+    Units are cut when they are asked for and never kept: large models have hundreds of thousands.
+
+    Args:
+        shards: number of a shard → positions of its tensors, in the order in which they are done.
+        numels, room: as for :func:`cut`.
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[int, Sequence[int]],
+        numels: Sequence[int],
+        room: int,
+        processes: int = 1,
+    ) -> None:
+        self._shards, self._numels, self._room = shards, numels, room
+        self._units: dict[int, range] = {}  # of each shard, counted over all of them
+        sizes = array("q")
+        for shard in shards:
+            first = len(sizes)
+            sizes.extend(unit.elements for unit in self._cut(shard))
+            self._units[shard] = range(first, len(sizes))
+        self._shares = _shares(sizes, processes)
+
+    def units(self, process: int) -> Iterator[Unit]:
+        """What a process does, in order."""
+        share = self._shares[process]
+        for shard, own in self._units.items():
+            begin, end = max(share.start, own.start), min(share.stop, own.stop)
+            yield from islice(self._cut(shard), max(begin - own.start, 0), max(end - own.start, 0))
+
+    def count(self, process: int, shard: int) -> int:
+        """How many units of a shard a process does."""
+        share, own = self._shares[process], self._units[shard]
+        return max(0, min(share.stop, own.stop) - max(share.start, own.start))
+
+    def owners(self, shard: int) -> list[int]:
+        """The processes that do units of a shard, in the order of its units."""
+        return [p for p in range(len(self._shares)) if self.count(p, shard)]
+
+    def _cut(self, shard: int) -> Iterator[Unit]:
+        return cut(shard, self._shards[shard], self._numels, self._room)
+
+
+def _shares(sizes: Sequence[int], processes: int) -> list[range]:
+    """Numbers of the units of each process."""
+    total, done = sum(sizes), 0
     ends: list[int] = []
-    done = 0
-    for number, unit in enumerate(units, start=1):
-        done += unit.elements
+    for number, size in enumerate(sizes, start=1):
+        done += size
         while len(ends) < processes - 1 and done * processes >= total * (len(ends) + 1):
             ends.append(number)
-    ends += [len(units)] * (processes - len(ends))
+    ends += [len(sizes)] * (processes - len(ends))
     return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]

@@ -2,14 +2,13 @@
 caller's process group.
 
 They exchange Python objects of modest size only (sums, file checksums), so gloo serves as well as
-nccl. A process that fails says so in the store through which the processes found each other, so
-that the others stop within seconds and not when they are done.
+nccl.
 """
 
 from __future__ import annotations
 
 import os
-import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from condu.checkpoint.watch import Watch
 from condu_ext.collective import Step
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_FAILED = "condu/failed"
+_ASSEMBLY = timedelta(minutes=30)  # for all to be there
 _PATIENCE = timedelta(days=7)  # byte-balanced processes still may wait long for the slowest disk
-_LOOK = 1.0  # seconds between two looks at what the others say
 
 
 @dataclass
@@ -36,8 +35,7 @@ class World:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
-    store: Any = None
-    _looked: float = 0.0
+    _watch: Watch | None = None
 
     @classmethod
     def current(cls) -> World:
@@ -48,7 +46,7 @@ class World:
 
         kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
         mesh = init_device_mesh(kind, (dist.get_world_size(),))
-        return cls(dist.get_rank(), dist.get_world_size(), mesh, _started_with)
+        return cls(dist.get_rank(), dist.get_world_size(), mesh)
 
     @property
     def leads(self) -> bool:
@@ -65,41 +63,52 @@ class World:
             step.mine = item
         return step.all
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """A block that all processes enter, in which :meth:`fail` and :meth:`check_others` tell of
+        each other between steps."""
+        if self.mesh is None:
+            yield
+            return
+        run = self.gather(f"condu/{uuid.uuid4().hex}")[0]
+        self._watch = Watch(_store(), run, self.rank, self.size)
+        self._watch.start()
+        try:
+            yield
+        except BaseException:
+            self.fail()
+            raise
+        finally:
+            self._watch.stop()
+
     def fail(self) -> None:
         """Tell the others to stop; called where something went wrong."""
-        if self.store is not None:
-            self.store.set(_FAILED, str(self.rank))
+        if self._watch is not None:
+            self._watch.fail()
 
     def check_others(self) -> None:
-        """Raises RuntimeError if another process failed; looks once a second."""
-        if self.store is None or time.monotonic() - self._looked < _LOOK:
-            return
-        self._looked = time.monotonic()
-        if self.store.check([_FAILED]):
-            raise OtherFailed(f"rank {self.store.get(_FAILED).decode()} failed")
+        """Raises OtherFailed or OtherGone if another process failed, or is not there any more."""
+        if self._watch is not None:
+            self._watch.check()
 
 
-class OtherFailed(RuntimeError):
-    """Another process failed; it says itself what was wrong."""
-
-
-_started_with: Any = None
+def _store() -> dist.Store:
+    """The store through which the processes of the default group found each other."""
+    # torch has no public name for that of a group which the caller started
+    return dist.distributed_c10d._get_default_store()
 
 
 @contextmanager
 def launched() -> Iterator[None]:
     """Join the processes that torchrun started, if it did, for the time of the block."""
-    global _started_with
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
-    store.set_timeout(timedelta(minutes=30))
+    store, rank, size = next(dist.rendezvous("env://", timeout=_ASSEMBLY))
+    store.set_timeout(_ASSEMBLY)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
-    _started_with = store
     try:
         yield
     finally:
-        _started_with = None
         dist.destroy_process_group()
