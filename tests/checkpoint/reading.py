@@ -19,6 +19,7 @@ def values(source: Source, name: str, *cuts: int) -> Tensor:
     borders = [0, *cuts, stored.numel]
     for start, stop in pairwise(borders):
         source.read(name, start, stop, out[start:stop])
+    assert not out.requires_grad
     return out.view(stored.shape)
 
 

@@ -12,9 +12,11 @@ from reading import assert_same_bits, values
 from safetensors.torch import load_file, save_file
 from tiny_models import clip, llama, llava
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from condu.adapters.folder import AdapterFolder
 from condu.checkpoint import adapter_source
+from condu.checkpoint.loaded_names import names_when_loaded
 from condu.checkpoint.sources import Source, open_source
 
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -92,6 +94,27 @@ def test_weights_are_named_as_in_the_files_of_the_base(tmp_path: Path, kind: str
         torch.testing.assert_close(found.expand_as(expected), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_weights_that_transformers_joins_have_no_name_in_the_files(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=12,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    model = MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    stored = open_source(tmp_path)
+    names = names_when_loaded(tmp_path, stored.tensors)
+    joined = {name for name in model.state_dict() if ".experts." in name}
+    assert joined
+    assert names.keys() == model.state_dict().keys() - joined
+    for live, name in names.items():
+        assert_same_bits(values(stored, name), model.state_dict()[live])
+
+
 def test_where_transformers_does_not_know_the_base_names_stay(tmp_path: Path) -> None:
     saved("llava", tmp_path)
     live = open_source(tmp_path / "adapter")
@@ -151,16 +174,27 @@ def test_bits_do_not_depend_on_ranges_or_threads(
         torch.set_num_threads(threads)
 
 
-def test_no_more_than_a_block_is_multiplied_at_once(
+def test_no_more_than_a_block_is_multiplied_at_once_by_one_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adapter_source, "BLOCK", 100)
     source = wide(tmp_path, rank=2, rows=50, columns=40, dtype=torch.float32)
-    made = []
+    made: list[torch.Tensor] = []
     product = type(next(iter(source._products.values())))  # type: ignore[attr-defined]
     rows = product.rows
-    monkeypatch.setattr(product, "rows", lambda *args: made.append(rows(*args)) or made[-1])
-    values(source, "w.weight")
+
+    def counted(*args: Any) -> torch.Tensor:
+        assert torch.get_num_threads() == 1
+        made.append(rows(*args))
+        return made[-1]
+
+    monkeypatch.setattr(product, "rows", counted)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        values(source, "w.weight")
+    finally:
+        torch.set_num_threads(threads)
     assert {block.shape for block in made} == {(2, 40)}
     made.clear()
     source.read("w.weight", 79, 81, torch.empty(2))

@@ -89,6 +89,7 @@ def test_shards_are_put_together(
     assert source.tensors.keys() == state.keys()
     for name, tensor in state.items():
         assert_same_bits(values(source, name, tensor.numel() // 3), tensor)
+        assert source.tensors[name].offset % tensor.itemsize == 0  # type: ignore[attr-defined]
     source.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dcp", "hf"]
 

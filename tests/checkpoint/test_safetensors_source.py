@@ -90,6 +90,9 @@ def test_which_file_of_several_is_read(folder: Path) -> None:
     other = {"x": torch.ones(1)}
     save_file(other, folder / "consolidated.safetensors")
     assert "model.norm.weight" in open_source(folder).tensors
+    (folder / "model.fp16.safetensors.index.json").write_text("{}")
+    assert "model.norm.weight" in open_source(folder).tensors
+    (folder / "model.fp16.safetensors.index.json").unlink()
     save_file(other, folder / "model.safetensors")
     assert open_source(folder).tensors.keys() == {"x"}
     (folder / "model.safetensors").unlink()
@@ -172,6 +175,7 @@ DAMAGED = {
     "negative shape": header({"a": entry(0, 8, shape=(-2,))}, data=b"1" * 8),
     "overflowing shape": header({"a": entry(0, 8, shape=(2**40, 2**40))}, data=b"1" * 8),
     "unknown dtype": header({"a": entry(0, 8, dtype="Q7")}, data=b"1" * 8),
+    "dtype of libraries to come": header({"a": entry(0, 2, dtype="F8_E8M0")}, data=b"1" * 2),
     "deep": header(b'{"a":' * 10**4),
 }
 

@@ -77,7 +77,7 @@ def test_a_model_of_the_hub_with_all_that_belongs_to_it(hub: Hub) -> None:
     os.rename("org", "elsewhere")
     hub.root = hub.root / "elsewhere"
     shutil.move(hub.root / "vlm-1.5", hub.root / "org" / "vlm-1.5")
-    found = open_source("org/vlm-1.5@v2.0")
+    found = open_source("org/vlm-1.5@v2.0", allow_pickle=True)
     assert found.where == "org/vlm-1.5@v2.0"
     assert set(hub.asked) == {("org/vlm-1.5", "v2.0")}
     assert found.tensors.keys() == source.tensors.keys()

@@ -89,7 +89,7 @@ class MetadataReader(FileSystemReader):
             nested = {
                 saved: ".".join(map(str, path[1:]))
                 for saved, path in paths.items()
-                if path[0] == key and len(path) > 1
+                if len(path) > 1 and path[0] == key
             }
             if nested:
                 return nested
@@ -116,10 +116,26 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _checked(metadata: Any) -> Metadata:
-    """Metadata whose parts of tensors are as large as the tensors; torch would leave holes."""
+    """Metadata that are consistent; a pickle may leave out parts of an object, or mix them up, and
+    torch leaves holes in tensors whose parts are too few."""
     for name, kind in metadata.state_dict_metadata.items():
         if isinstance(kind, TensorStorageMetadata):
             parts, whole = sum(math.prod(c.sizes) for c in kind.chunks), math.prod(kind.size)
             if parts != whole:
                 raise ValueError(f"{name!r} has {whole} elements, its parts {parts}")
+            _expect(kind.properties.dtype, torch.dtype)
+            _expect(kind.size, torch.Size)
+        _expect(name, str)
+    for info in metadata.storage_data.values():
+        _expect(info.relative_path, str)
+    for saved, path in (metadata.planner_data or {}).items():
+        _expect(path, tuple)
+        if saved not in metadata.state_dict_metadata:
+            raise ValueError(f"{saved!r} is in its names alone")
+    _expect(metadata, Metadata)
     return metadata
+
+
+def _expect(value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{value!r} is not of type {kind.__name__}")
