@@ -68,7 +68,7 @@ class InRanges:
     def _memory(self, numels: Sequence[int], tasks: int, dtype: torch.dtype) -> StateRange:
         """Part of a larger range's memory, at odd places, full of garbage."""
         used = StateRange.empty([sum(numels) + 4096], tasks, dtype)
-        used.u.fill_(torch.nan)
+        used.u.fill_(GARBAGE)
         shift = self.random.randrange(4)
         for plane in used.planes:
             plane.fill_(GARBAGE)

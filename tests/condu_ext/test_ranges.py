@@ -15,7 +15,7 @@ from range_operators import RULES, InRanges
 from torch import Tensor
 
 import condu_ext as cx
-from condu_ext import _ops, decoupling, fusion, merging, ranges
+from condu_ext import _C, _native, _ops, decoupling, fusion, merging, ranges
 from condu_ext.ranges import StateRange
 
 SIZES = (3 * 65536 + 3, 7, 131072, 0, 65537)
@@ -61,10 +61,25 @@ def test_rounding_of_the_base(kind: str, seed: int) -> None:
     assert_same(run(InRanges(seed), case), run(_ops, case))
 
 
-@pytest.mark.parametrize("threads", [2, 5])
-def test_threads_of_a_call(threads: int) -> None:
+def test_threads_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the caller says, whatever PyTorch uses."""
     case = make_case(SIZES, 3, "mixed")
-    assert_same(run(InRanges(0, threads), case), run(_ops, case))
+    expected = run(_ops, case)
+    used: dict[str, set[int]] = {}
+
+    class Kernels:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            def call(*arguments: Any) -> Any:
+                used.setdefault(name, set()).add(arguments[-1])
+                return getattr(_C, name)(*arguments)
+
+            return call
+
+    monkeypatch.setattr(_native, "_C", Kernels())
+    found = run(InRanges(0, threads=3), case)
+    used.pop("measure")
+    assert used == {name: {3} for name in ("unify", "absorb", "merge", "decouple")}
+    assert_same(found, expected)
 
 
 def beside_one_another(work: Callable[[int], None], workers: int) -> None:
