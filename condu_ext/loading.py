@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,19 @@ from torch import Tensor
 
 from condu_ext._modes import without_autograd
 from condu_ext.collective import Step
-from condu_ext.fingerprint import file_fingerprint
+from condu_ext.contents import (
+    TensorFiles,
+    check_size,
+    check_sum,
+    delta_files,
+    mask_files,
+    private_file,
+    refuse,
+    until_settled,
+)
 from condu_ext.inputs import Model, check_mapping, check_mesh, check_tensor, is_private
 from condu_ext.layout import Arena, ModelSpec, TensorSpec, empty_arena, group_by_device
-from condu_ext.manifest import CONFIG, CheckpointError, Manifest, TaskEntry, read_manifest
+from condu_ext.manifest import CheckpointError, Manifest, TaskEntry, read_manifest
 from condu_ext.newcomer import claims_of_private
 from condu_ext.reference import pack_bits, unpack_bits
 from condu_ext.sharding import (
@@ -63,14 +72,10 @@ def load(path: str | os.PathLike[str], *, like: Model | None = None) -> UnifiedD
             one that cannot be fused.
     """
     directory, mesh = Path(path), mesh_of(like)
-    while True:
-        manifest = _read_manifest(directory, mesh)
-        try:
-            return _read_state(directory, manifest, like, mesh)
-        except FileNotFoundError:
-            # A writer may have replaced the state while it was being read: then there is a new one.
-            if _read_manifest(directory, mesh).generation == manifest.generation:
-                raise
+    return until_settled(
+        lambda: _read_manifest(directory, mesh),
+        lambda manifest: _read_state(directory, manifest, like, mesh),
+    )
 
 
 def _read_manifest(directory: Path, mesh: DeviceMesh | None) -> Manifest:
@@ -115,13 +120,10 @@ def _read_state(
 def _check_files(directory: Path, manifest: Manifest, mesh: DeviceMesh | None) -> None:
     """Sizes of all files, and checksums of those that fall to this process."""
     turn, turns = place_in(mesh), mesh.size() if mesh is not None else 1
-    for number, (name, expected) in enumerate(manifest.files.items()):
-        file = directory / name
-        size = file.stat().st_size
-        if size != expected["size"]:
-            raise CheckpointError(f"{file}: {size} bytes, expected {expected['size']}")
-        if number % turns == turn and (digest := file_fingerprint(file)) != expected["xxh3"]:
-            raise CheckpointError(f"{file}: checksum {digest}, expected {expected['xxh3']}")
+    for number, (name, listed) in enumerate(manifest.files.items()):
+        check_size(directory / name, listed)
+        if number % turns == turn:
+            check_sum(directory / name, listed)
 
 
 def _placed(spec: ModelSpec, like: Model | None) -> tuple[ModelSpec, list[torch.device]]:
@@ -162,18 +164,16 @@ def _places(spec: ModelSpec, arenas: Sequence[Arena]) -> dict[str, tuple[TensorS
 def _read_delta(
     directory: Path, manifest: Manifest, spec: ModelSpec, devices: Sequence[torch.device]
 ) -> list[Arena]:
-    prefix = f"unified-{manifest.generation}"
-    shapes = {entry.name: list(entry.shape) for entry in spec.tensors}
-    with _Tensors(directory, manifest, prefix, shapes, manifest.dtype) as unified:
-        arenas = [
-            empty_arena(index, [spec.tensors[k].local_numel for k in index], manifest.dtype, device)
-            for device, index in group_by_device(devices).items()
-        ]
-        places = _places(spec, arenas)
-        for name, handle in unified:
-            entry, arena, start = places[name]
-            values = entry.flatten(_read_part(handle, name, entry.shard))
-            arena.u[start : start + entry.local_numel] = values
+    unified = _open_all(delta_files(directory, manifest))  # before memory is asked for
+    arenas = [
+        empty_arena(index, [spec.tensors[k].local_numel for k in index], manifest.dtype, device)
+        for device, index in group_by_device(devices).items()
+    ]
+    places = _places(spec, arenas)
+    for name, handle in unified:
+        entry, arena, start = places[name]
+        values = entry.flatten(_read_part(handle, name, entry.shard))
+        arena.u[start : start + entry.local_numel] = values
     return arenas
 
 
@@ -185,13 +185,10 @@ def _read_mask(
         size = arena.u.numel() // 8
         arena.planes.append(torch.zeros(size, dtype=torch.uint8, device=arena.device))
     places = _places(spec, arenas)
-    prefix = f"triggers-{manifest.generation}-{task.number}"
-    shapes = {entry.name: [(entry.numel + 7) // 8] for entry in spec.tensors}
-    with _Tensors(directory, manifest, prefix, shapes, torch.uint8) as masks:
-        for name, handle in masks:
-            entry, arena, start = places[name]
-            bits = _read_bits(handle, entry)
-            arena.planes[-1][start // 8 : start // 8 + bits.numel()] = bits
+    for name, handle in _open_all(mask_files(directory, manifest, task)):
+        entry, arena, start = places[name]
+        bits = _read_bits(handle, entry)
+        arena.planes[-1][start // 8 : start // 8 + bits.numel()] = bits
 
 
 def _set_sums(arenas: Sequence[Arena], tasks: Sequence[TaskEntry]) -> None:
@@ -228,53 +225,21 @@ def _read_bits(handle: Any, entry: TensorSpec) -> Tensor:
     return pack_bits(mask[(slice(None), *columns)].reshape(-1))
 
 
-class _Tensors:
-    """The tensors of one kind over all shards; names, shapes and dtypes are checked on entry,
-    before anything of their size is allocated."""
+def _open_all(expected: TensorFiles) -> list[tuple[str, Any]]:
+    """Every tensor's name and the open file that has it, checked by name, shape and dtype."""
+    refuse(expected.unlisted())
+    handles = [_open(file) for file in expected.files]
+    for file, handle in zip(expected.files, handles, strict=True):
+        refuse(expected.misfits(file, _described(handle)))
+    refuse(expected.missing())
+    return [(name, handle) for handle in handles for name in handle.keys()]  # noqa: SIM118
 
-    def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        prefix: str,
-        shapes: Mapping[str, Sequence[int]],
-        dtype: torch.dtype,
-    ) -> None:
-        total = manifest.shards
-        self.files = [
-            directory / f"{prefix}-{k:05}-of-{total:05}.safetensors" for k in range(1, total + 1)
-        ]
-        for file in self.files:
-            if file.name not in manifest.files:
-                raise CheckpointError(f"{directory / CONFIG}: does not list {file.name}")
-        self.shapes, self.dtype = shapes, dtype
 
-    def __enter__(self) -> _Tensors:
-        self.handles = [_open(file) for file in self.files]
-        seen: set[str] = set()
-        for file, handle in zip(self.files, self.handles, strict=True):
-            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                part = handle.get_slice(name)
-                found = (part.get_shape(), _SAFETENSORS_NAMES.get(part.get_dtype()))
-                if name not in self.shapes or found != (list(self.shapes[name]), self.dtype):
-                    expected = self.shapes.get(name, "no such tensor")
-                    raise CheckpointError(
-                        f"{file}: tensor {name!r} is {part.get_dtype()} {found[0]}, "
-                        f"expected {self.dtype} {expected}"
-                    )
-                seen.add(name)
-        if missing := [name for name in self.shapes if name not in seen]:
-            raise CheckpointError(f"{self.files[0]}: tensor {missing[0]!r} is missing")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.handles.clear()
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """Every tensor's name and the open file that has it."""
-        for handle in self.handles:
-            for name in handle.keys():  # noqa: SIM118
-                yield name, handle
+def _described(handle: Any) -> Iterator[tuple[str, torch.dtype | str, tuple[int, ...]]]:
+    for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+        part = handle.get_slice(name)
+        dtype = part.get_dtype()
+        yield name, _SAFETENSORS_NAMES.get(dtype, dtype), tuple(part.get_shape())
 
 
 def _open(file: Path) -> Any:
@@ -287,10 +252,10 @@ def _open(file: Path) -> Any:
 def _read_private(
     directory: Path, manifest: Manifest, task: TaskEntry, like: Model
 ) -> dict[str, Tensor]:
-    name = f"private-{manifest.generation}-{task.number}-00001-of-00001.safetensors"
-    if name not in manifest.files:
+    file = private_file(directory, manifest, task)
+    if file is None:
         return {}
-    handle = _open(directory / name)
+    handle = _open(file)
     tensors = {}
     for key in handle.keys():  # noqa: SIM118
         shape = tuple(handle.get_slice(key).get_shape())  # may be another for every task

@@ -51,7 +51,12 @@ class TaskEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of ``config.json``."""
+    """The content of ``config.json``.
+
+    ``zero_sums``: of each tensor, by position, how many elements the last fusion elected a sign for
+    by ``rule.zero_sum``, for their total was exactly 0 though some model had moved; None if they
+    were not counted.
+    """
 
     generation: int
     shards: int
@@ -63,6 +68,7 @@ class Manifest:
     base_fingerprints: dict[str, str]
     files: dict[str, dict[str, Any]]
     library_version: str
+    zero_sums: list[int] | None = None
 
     def to_json(self) -> str:
         """The file's text."""
@@ -90,6 +96,7 @@ class Manifest:
                 "private": list(self.spec.private),
                 "private_names": sorted(self.spec.private_names),
                 "base": {"name": self.base_name, "xxh3": self.base_fingerprints},
+                "zero_sums": self.zero_sums,
                 "files": self.files,
             },
             indent=1,
@@ -201,6 +208,7 @@ def read_manifest(directory: Path) -> Manifest:
         base_fingerprints=base.string_map("xxh3"),
         files=files,
         library_version=reader.get("library_version", str),
+        zero_sums=_read_zero_sums(reader, spec),
     )
 
 
@@ -259,6 +267,18 @@ def _read_tasks(reader: _Reader, tensors: int) -> list[TaskEntry]:
         if len(set(values)) != len(values) or "" in values:
             raise reader.complain("tasks", f"gives a {what} twice, or an empty one")
     return tasks
+
+
+def _read_zero_sums(reader: _Reader, spec: ModelSpec) -> list[int] | None:
+    if reader.values.get("zero_sums") is None:  # not counted, or written before there were any
+        return None
+    counts, numels = reader.get("zero_sums", list), [entry.numel for entry in spec.tensors]
+    if len(counts) != len(numels) or not all(
+        type(count) is int and 0 <= count <= numel
+        for count, numel in zip(counts, numels, strict=True)
+    ):
+        raise reader.complain("zero_sums", "does not count elements of the tensors")
+    return list(counts)
 
 
 def _read_files(reader: _Reader) -> dict[str, dict[str, Any]]:

@@ -227,6 +227,12 @@ def zero_sums(out: StateRange, other: StateRange, numels: Sequence[int]) -> Tens
     return torch.tensor(counts, dtype=torch.int64)
 
 
+def add_chunks(numels: Sequence[int], chunk_sums: Tensor) -> Tensor:
+    """Sums of whole tensors, float64 [rows, tensors], from all their chunk sums [rows, chunks],
+    added in chunk order."""
+    return _native.add_chunks(numels, chunk_sums)
+
+
 def _codes(via: Sequence[torch.dtype | None]) -> list[int]:
     """The operators' codes of roundings."""
     return [VIA_DTYPES.index(dtype) for dtype in via]

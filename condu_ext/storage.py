@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -71,7 +72,7 @@ def save(state: UnifiedDelta, path: str | os.PathLike[str]) -> None:
             step.claims["the tasks"] = state.tasks
             if writes:
                 directory.mkdir(parents=True, exist_ok=True)
-                held.enter_context(_writer_lock(directory))
+                held.enter_context(writer_lock(directory))
                 if (directory / CONFIG).exists():
                     read_manifest(directory)  # refuses to replace somebody else's config.json
                 numbers = (generation_of(file) or 0 for file in os.listdir(directory))
@@ -91,11 +92,11 @@ def save(state: UnifiedDelta, path: str | os.PathLike[str]) -> None:
             raise
         if writes:
             with suppress(OSError):  # the new state is in force; the next save cleans up again
-                _remove_others(directory, manifest)
+                remove_others(directory, manifest)
 
 
-def _remove_others(directory: Path, manifest: Manifest) -> None:
-    """Remove the data files that the folder's state does not list."""
+def remove_others(directory: Path, manifest: Manifest) -> None:
+    """Remove the data files that the folder's state does not list; for the holder of the lock."""
     for name in os.listdir(directory):
         if generation_of(name) is not None and name not in manifest.files:
             (directory / name).unlink(missing_ok=True)
@@ -142,7 +143,9 @@ def _write_data(
                 raise OSError(f"{file}: {error}") from None
             files[name] = {"size": file.stat().st_size, "xxh3": file_fingerprint(file)}
 
-    shards = _shards(state)
+    tensors = state.spec.tensors
+    groups = shards_of([entry.numel for entry in tensors], state.dtype)
+    shards = [[tensors[k] for k in group] for group in groups]
     numbering = [f"{k:05}-of-{len(shards):05}" for k in range(1, len(shards) + 1)]
     delta = state.delta
     for entries, label in zip(shards, numbering, strict=True):
@@ -186,16 +189,16 @@ def _packed(entry: TensorSpec, mask: Tensor) -> Tensor:
     return logical_bits(entry, mask) if entry.shard is None else pack_bits(mask.reshape(-1))
 
 
-def _shards(state: UnifiedDelta) -> list[list[TensorSpec]]:
-    """The fused tensors, cut into files of about SHARD_BYTES of unified delta."""
-    shards: list[list[TensorSpec]] = [[]]
+def shards_of(numels: Sequence[int], dtype: torch.dtype) -> list[list[int]]:
+    """Positions of tensors of these sizes in each file of about SHARD_BYTES of unified delta."""
+    shards: list[list[int]] = [[]]
     filled = 0
-    for entry in state.spec.tensors:
-        size = entry.numel * state.dtype.itemsize
+    for position, numel in enumerate(numels):
+        size = numel * dtype.itemsize
         if shards[-1] and filled + size > SHARD_BYTES:
             shards.append([])
             filled = 0
-        shards[-1].append(entry)
+        shards[-1].append(position)
         filled += size
     return shards
 
@@ -211,7 +214,12 @@ def _sums(state: UnifiedDelta, position: int) -> tuple[list[float], list[float],
 
 
 @contextmanager
-def _writer_lock(directory: Path) -> Iterator[None]:
+def writer_lock(directory: Path) -> Iterator[None]:
+    """Held by whoever changes the state in a folder.
+
+    Raises:
+        RuntimeError: another process holds it. OSError: the folder cannot be written.
+    """
     with open(directory / _LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

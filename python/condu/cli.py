@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from condu import adapter_commands
+from condu import adapter_commands, checkpoint_commands
 from condu.terminal import EXTRA, Debug, complain, errors
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(checkpoint_commands.app)
 app.add_typer(adapter_commands.app)
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the final table only.")]

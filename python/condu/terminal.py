@@ -11,6 +11,7 @@ import typer
 
 EXTRA = {
     "accelerate": "accelerate",
+    "huggingface_hub": "huggingface_hub",
     "jinja2": "jinja2",
     "matplotlib": "matplotlib",
     "open_clip": "open_clip_torch",
@@ -49,6 +50,6 @@ def errors(command: str, debug: bool) -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def complain(message: str) -> None:
-    """Write an error as one line."""
-    print(f"error: {message}", file=sys.stderr)
+def complain(message: str, *, kind: str = "error") -> None:
+    """Write an error, or what ``kind`` says, as one line."""
+    print(f"{kind}: {message}", file=sys.stderr)

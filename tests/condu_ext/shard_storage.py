@@ -219,7 +219,7 @@ def another_writer(group: Group) -> None:
     folder = group.shared("locked")
     folder.mkdir(exist_ok=True)
     group.shared("locked")
-    with storage._writer_lock(folder) if group.rank == 0 else open(folder / ".lock", "a"):
+    with storage.writer_lock(folder) if group.rank == 0 else open(folder / ".lock", "a"):
         group.shared("locked")
         with pytest.raises(RuntimeError, match="another process is writing"):
             state.save(folder)

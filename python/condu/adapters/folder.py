@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from condu.adapters.layers import LoraLayers
+from condu.adapters.layers import LoraLayers, Product
 from condu.adapters.names import PREFIX
 
 CONFIG = "adapter_config.json"
@@ -107,6 +107,19 @@ class AdapterFolder:
                 weights a state of products would take for those of linear ones, transposed:
                 embeddings, and transformers' Conv1D.
         """
+        self._check_products()
+        return self._layers.deltas()
+
+    def products(self) -> dict[str, Product]:
+        """``deltas`` as products of factors. Raises ValueError as that does."""
+        self._check_products()
+        return self._layers.products()
+
+    def scales(self) -> dict[str, float]:
+        """Scale s of each adapted weight."""
+        return self._layers.scales()
+
+    def _check_products(self) -> None:
         if self.config.init_lora_weights not in _KEEP_THE_BASE:
             raise ValueError(
                 f"{self.path / CONFIG}: init_lora_weights={self.config.init_lora_weights!r} changes"
@@ -119,11 +132,6 @@ class AdapterFolder:
                     f"{self.path}: layer {layer!r} is {kind}, whose weight is transposed; a state"
                     " of products does not know that. Absorb it with init, or from the live model"
                 )
-        return self._layers.deltas()
-
-    def scales(self) -> dict[str, float]:
-        """Scale s of each adapted weight."""
-        return self._layers.scales()
 
     @cached_property
     def _layers(self) -> LoraLayers:

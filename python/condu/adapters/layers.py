@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -17,6 +18,24 @@ from condu.adapters.names import StateNames
 
 # the kinds whose get_delta_weight is the whole change that the layer makes
 _PRODUCTS = (Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraAttention)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A weight change s·B·A as its factors, fp32: ``a`` [rank, columns], ``b`` [rows, rank]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the change."""
+        # a copy, for its place in memory is always aligned alike: that may decide the last bits
+        return (self.b[start:stop].clone() @ self.a).mul_(self.scale)
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -115,6 +134,17 @@ class LoraLayers:
             found[name] = _delta_weight(layer, self.adapter)
             if name in in_attention and not isinstance(layer, LoraAttention):
                 found[name] *= output_projection_count()
+        return found
+
+    def products(self) -> dict[str, Product]:
+        """``deltas`` as products of factors, for linear layers and attentions."""
+        in_attention = self.in_attention()
+        found = {}
+        for name, layer in self.weights().items():
+            a, b = (factor.detach().float() for factor in factors_of(layer, self.adapter))
+            twice = name in in_attention and not isinstance(layer, LoraAttention)
+            count = output_projection_count() if twice else 1
+            found[name] = Product(a, b, layer.scaling[self.adapter] * count)
         return found
 
     def scales(self) -> dict[str, float]:

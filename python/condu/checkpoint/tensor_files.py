@@ -123,7 +123,7 @@ def new_header(
 
 def as_bytes(flat: Tensor) -> memoryview:
     """The memory of a contiguous flat tensor on the CPU."""
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 class FileReader:

@@ -1,0 +1,100 @@
+"""Extract on disk: from arguments to a job that writes a task's expert, and its commit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+from condu.checkpoint.extracting import ExtractJob, copy_others, write_index
+from condu.checkpoint.matching import find_base
+from condu.checkpoint.options import Options
+from condu.checkpoint.prepared import Prepared, Records
+from condu.checkpoint.sources import Source
+from condu.checkpoint.state_files import StateFiles
+from condu.checkpoint.states import PathLike, check_sums, closing, device_of, identity_of, opened
+from condu.checkpoint.target import Target
+from condu.checkpoint.world import World
+from condu_ext.files import sync
+
+INDEX = "model.safetensors.index.json"
+
+
+def prepare_extract(
+    state: PathLike, task: str, out: PathLike, *, base: PathLike, options: Options, format: str
+) -> Prepared:
+    """See :func:`condu.checkpoint.extract`."""
+    world, held = World.current(), ExitStack()
+    with world.step() as step, closing(held):
+        if format not in ("safetensors", "dcp"):
+            raise ValueError(f"format must be 'safetensors' or 'dcp', not {format!r}")
+        place = Path(out)
+        if place.is_dir() and any(place.iterdir()):
+            raise ValueError(f"{place} is not empty; name a new folder for the model")
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place} exists already")
+        opened_state = held.enter_context(StateFiles(Path(state)))
+        names = [entry.name for entry in opened_state.manifest.tasks]
+        if task not in names:
+            raise KeyError(f"unknown task {task!r}; the state holds {', '.join(names)}")
+        start = opened(held, base, options, place)
+        find_base(opened_state.manifest.spec, start)
+        job = ExtractJob(opened_state, names.index(task), start, device_of(options))
+        if place.suffix == ".safetensors" and (len(job.shards) > 1 or format == "dcp"):
+            raise ValueError(f"{place}: the model takes a folder, not one file")
+        step.claims["the command"] = identity = identity_of(
+            "extract", [start], [task], options, states=[opened_state], format=format
+        )
+        check_sums(world, [opened_state])
+    commit = _Commit(job, start, place, format)
+    folder = place.resolve().with_name(f".{place.name}.unfinished")
+    return Prepared(
+        job,
+        folder,
+        identity,
+        _clear,
+        commit,
+        lambda target: [],
+        world,
+        options,
+        temporary=True,
+        held=held,
+    )
+
+
+def _clear(target: Target) -> None:
+    """Remove what an interrupted run of another command left."""
+    if not target.finished:
+        target.forget([p.name for p in target.folder.iterdir() if not p.name.startswith(".")])
+
+
+class _Commit:
+    """Completes the folder and gives it its name."""
+
+    def __init__(self, job: ExtractJob, base: Source, out: Path, format: str) -> None:
+        self._job, self._base, self._out, self._format = job, base, out, format
+
+    def __call__(self, target: Target, records: Records) -> None:
+        folder: Path | None = getattr(self._base, "folder", None)
+        target.forget([])
+        if self._out.suffix == ".safetensors":
+            (name,) = (file.name for k in records for file in self._job.files(k, 0))
+            os.replace(target.folder / name, self._out)
+            shutil.rmtree(target.folder)
+        else:
+            if (index := self._job.index()) is not None:
+                existing = getattr(self._base, "index", None)
+                write_index(index, target.folder / (existing.name if existing else INDEX))
+            if self._format == "dcp":
+                from condu.checkpoint.dcp import write_dcp
+
+                write_dcp(target.folder)
+            if folder is not None:
+                copy_others(folder, target.folder)
+            (target.folder / ".lock").unlink(missing_ok=True)
+            for path in target.folder.rglob("*"):
+                if path.is_file():
+                    sync(path)
+            os.replace(target.folder, self._out)
+        target.folder = self._out.parent

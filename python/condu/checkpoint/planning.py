@@ -1,0 +1,122 @@
+"""What a command would read, write and take, without doing it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from condu.checkpoint.memory import resident, rooms, workers_and_elements
+from condu.checkpoint.prepared import Prepared
+from condu.checkpoint.units import Unit, cut
+
+_SAMPLE_SECONDS = 1.0
+_SAMPLE_BYTES = 64 << 20
+_MEASURE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command will need; sizes in bytes, times in seconds.
+
+    Attributes:
+        read, written: bytes of data files; ``written`` is what the disk must have free, too.
+        memory: the most that the process takes, pages of mapped files apart.
+        workers: threads, each with a unit of ``unit`` elements.
+        fuse_rate: elements that all workers read and fuse in a second, measured on a sample.
+        write_rate: bytes that one worker writes in a second, measured in the target's folder.
+        seconds: expected, with the disk's waiting.
+        other_dtype: the other dtype that the state could have, and the bytes it would have then;
+            None where no new state is made.
+    """
+
+    read: int
+    written: int
+    memory: int
+    workers: int
+    unit: int
+    fuse_rate: float
+    write_rate: float
+    seconds: float
+    other_dtype: tuple[str, int] | None = None
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        found = [
+            f"to read            {self.read / 1e9:10.2f} GB",
+            f"to write           {self.written / 1e9:10.2f} GB of disk",
+            f"memory, at most    {self.memory / 2**20:10.0f} MiB ({self.workers} workers, units of "
+            f"{self.unit / 1024:.0f} Ki elements)",
+            f"expected time      {self.seconds:10.1f} s (measured here: reading and fusing "
+            f"{self.fuse_rate / 1e6:.0f} M parameters/s, writing {self.write_rate / 1e9:.2f} GB/s)",
+        ]
+        if self.other_dtype is not None:
+            name, size = self.other_dtype
+            found.append(f"with --state-dtype {name} {size / 1e9:.2f} GB would be written")
+        return found
+
+
+def plan(prepared: Prepared) -> Plan:
+    """Look at a prepared command: sizes from headers, rates from a sample of its own work and from
+    a file of 64 MiB that is written beside the target and removed.
+
+    Raises:
+        ValueError: NaN or infinite values in the sample, or too little memory.
+        OSError: a file cannot be read, or none can be written beside the target.
+    """
+    job, options = prepared.job, prepared.options
+    workers, elements = workers_and_elements(job, options)
+    (room,) = rooms(job, options, 1, elements)
+    memory = resident() + (workers - 1) * room.size
+    done, seconds = 0, 0.0
+    for unit in _sample(prepared, elements):
+        room.clear()
+        begin = time.perf_counter()
+        job.fuse(unit, job.read(unit, room), room, 1)
+        seconds += time.perf_counter() - begin
+        done += unit.elements
+        if seconds > _SAMPLE_SECONDS:
+            break
+    cores = min(workers, torch.get_num_threads())
+    fuse_rate = cores * done / max(seconds, 1e-9)
+    write_rate = _write_rate(prepared.folder)
+    written = sum(f.size for k in range(len(job.shards)) for f in job.files(k, 1))
+    return Plan(
+        read=job.reads,
+        written=written,
+        memory=memory,
+        workers=workers,
+        unit=elements,
+        fuse_rate=fuse_rate,
+        write_rate=write_rate,
+        seconds=sum(job.numels) / max(fuse_rate, 1e-9) + written / write_rate,
+        other_dtype=prepared.other_dtype,
+    )
+
+
+def _sample(prepared: Prepared, elements: int) -> list[Unit]:
+    """The first units of every shard in turn."""
+    job = prepared.job
+    groups = [list(cut(k, job.shards[k], job.numels, elements)) for k in range(len(job.shards))]
+    longest = max(len(group) for group in groups)
+    return [group[n] for n in range(longest) for group in groups if n < len(group)]
+
+
+def _write_rate(folder: Path) -> float:
+    """Bytes a second of a file beside ``folder``, on disk."""
+    place = next(p for p in (folder, *folder.parents) if p.is_dir())
+    file = place / f".condu-plan-{os.getpid()}"
+    data = os.urandom(_MEASURE_BYTES)
+    try:
+        begin = time.perf_counter()
+        with open(file, "wb") as stream:
+            for _ in range(_SAMPLE_BYTES // _MEASURE_BYTES):
+                stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return _SAMPLE_BYTES / (time.perf_counter() - begin)
+    finally:
+        file.unlink(missing_ok=True)

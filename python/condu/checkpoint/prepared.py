@@ -1,0 +1,119 @@
+"""A checked command that is ready to run: what ``plan`` describes and what the others do."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from condu.checkpoint.job import Costs, Job
+from condu.checkpoint.journal import Record
+from condu.checkpoint.options import Options
+from condu.checkpoint.runner import Runner
+from condu.checkpoint.target import Target
+from condu.checkpoint.world import World
+from condu_ext import _C
+
+Records = Mapping[int, Record]
+
+
+@dataclass
+class Prepared:
+    """A command whose arguments were checked and whose inputs are open; nothing is written yet.
+
+    Attributes:
+        folder: where files are written.
+        identity: everything that the result depends on; a run that was killed is continued by one
+            with the same.
+        settle: called on the process that leads, once it has claimed the folder: looks whether what
+            was checked still holds.
+        commit: called there when all shards are on disk: makes them count.
+        others: files in the folder that this command may remove, but did not write as shards.
+        temporary: whether the folder is one that the commit renames.
+        other_dtype: of a new state, the other dtype that it could have, and its bytes with it.
+        held: closes the inputs.
+    """
+
+    job: Job
+    folder: Path
+    identity: dict[str, Any]
+    settle: Callable[[Target], None]
+    commit: Callable[[Target, Records], None]
+    others: Callable[[Target], Sequence[str]]
+    world: World
+    options: Options
+    temporary: bool = False
+    other_dtype: tuple[str, int] | None = None
+    held: ExitStack = field(default_factory=ExitStack)
+
+    def run(self) -> Costs:
+        """Do it. Collective, if there are several processes.
+
+        Raises:
+            ValueError: NaN or infinite values, another base model, too little memory: everything
+                that was written is removed.
+            OSError, RuntimeError: a disk that is full or fails, another process that failed or is
+                writing there: finished shards stay, and the same command goes on from there.
+        """
+        target = Target(self.folder, self._digest(), temporary=self.temporary)
+        runner = Runner(self.job, target, self.world, self.options)
+        try:
+            try:
+                with self.world.step() as step:
+                    if self.world.leads:
+                        target.claim()
+                        self.settle(target)
+                        step.mine = target.generation, target.finished
+                target.generation, target.finished = step.all[0]
+                records = runner.run()
+                with self.world.step():
+                    if self.world.leads:
+                        self.commit(target, records)
+                        target.committed()
+            except BaseException as error:
+                self._clean_up(target, error)
+                raise
+        finally:
+            target.close()
+        return runner.costs
+
+    def _clean_up(self, target: Target, error: BaseException) -> None:
+        """After an error; what is finished stays where the same command may yet succeed."""
+        if not (self.world.leads and target.claimed):
+            return
+        may_go_on = isinstance(error, (OSError, RuntimeError)) or not isinstance(error, Exception)
+        if may_go_on and target.has_finished:
+            self.options.report(
+                f"what is finished stays in {self.folder}: the same command goes on from there"
+            )
+        else:
+            target.abandon([*self._names(target.generation), *self.others(target)])
+
+    def _names(self, generation: int) -> list[str]:
+        shards = range(len(self.job.shards))
+        return [file.name for k in shards for file in self.job.files(k, generation)]
+
+    def _digest(self) -> str:
+        text = json.dumps({"version": _C.version, **self.identity}, sort_keys=True)
+        return xxhash.xxh3_64_hexdigest(text.encode())
+
+    def __enter__(self) -> Prepared:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.held.close()
+
+
+def seen(files: Sequence[str | os.PathLike[str]]) -> list[tuple[str, int, int]]:
+    """Input files as a journal knows them: path, size and time of the last change."""
+    found = []
+    for file in files:
+        status = os.stat(file)
+        found.append((os.path.realpath(file), status.st_size, status.st_mtime_ns))
+    return found

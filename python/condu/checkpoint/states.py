@@ -1,0 +1,234 @@
+"""Unify, absorb and merge on disk: from arguments to a job that writes a state, and its commit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from condu.checkpoint.committing import Commit, Unchanged, forget_others
+from condu.checkpoint.fusing import Absorbing, Merging, StateJob, Unifying
+from condu.checkpoint.inputs import Models
+from condu.checkpoint.matching import describe, find_base, logical, match
+from condu.checkpoint.options import Options
+from condu.checkpoint.prepared import Prepared, seen
+from condu.checkpoint.sources import Source, open_source
+from condu.checkpoint.state_files import StateFiles
+from condu.checkpoint.world import World
+from condu_ext.manifest import CONFIG, Manifest, read_manifest
+from condu_ext.rule import FusionRule
+from condu_ext.unified import check_state_dtype, check_task_name
+
+PathLike = str | os.PathLike[str]
+
+
+def prepare_unify(
+    base: PathLike,
+    tasks: Mapping[str, PathLike],
+    out: PathLike,
+    *,
+    rule: FusionRule,
+    dtype: torch.dtype,
+    private: Sequence[str],
+    options: Options,
+) -> Prepared:
+    """See :func:`condu.checkpoint.unify`."""
+    world, held = World.current(), ExitStack()
+    with world.step() as step, closing(held):
+        if not isinstance(tasks, Mapping) or not tasks:
+            raise ValueError("tasks: there is no fine-tuned model to unify")
+        for task in tasks:
+            check_task_name(task)
+        check_state_dtype(dtype)
+        folder = _new_folder(out)
+        start = opened(held, base, options, folder)
+        spec = describe(start, private)
+        names = [entry.name for entry in spec.tensors]
+        matched = []
+        for number, (task, where) in enumerate(tasks.items()):
+            source = opened(held, where, options, folder)
+            spec, found = match(spec, task, source, start, names, options, settled=number > 0)
+            matched.append(found)
+        models = Models(spec, start, names, matched)
+        fusion = Unifying(list(tasks), models, device_of(options))
+        step.claims["the command"] = identity = identity_of(
+            "unify", [start, *(m.source for m in matched)], [*tasks], options, dtype=str(dtype)
+        ) | {"rule": asdict(rule), "private": list(private)}
+    job = StateJob(spec, fusion, rule, dtype)
+    commit = Commit(job, {}, os.fspath(base), dict(zip(tasks, matched, strict=True)))
+    return Prepared(
+        job, folder, identity, forget_others, commit, commit.others, world, options, held=held
+    )
+
+
+def prepare_absorb(
+    state: PathLike,
+    task: str,
+    finetuned: PathLike,
+    out: PathLike | None,
+    *,
+    base: PathLike,
+    options: Options,
+) -> Prepared:
+    """See :func:`condu.checkpoint.absorb`."""
+    world, held = World.current(), ExitStack()
+    with world.step() as step, closing(held):
+        in_place = out is None or _same(state, out)
+        folder = Path(state) if out is None or in_place else _new_folder(out)
+        old = held.enter_context(StateFiles(Path(state)))
+        if check_task_name(task) in (entry.name for entry in old.manifest.tasks):
+            raise ValueError(f"task {task!r} is already in the state; drop it first to replace it")
+        start = opened(held, base, options, folder)
+        source = opened(held, finetuned, options, folder)
+        spec = logical(old.manifest.spec)
+        names = find_base(spec, start)
+        spec, found = match(
+            spec, task, source, start, names, options, settled=bool(old.manifest.tasks)
+        )
+        fusion = Absorbing(old, task, Models(spec, start, names, [found]), device_of(options))
+        step.claims["the command"] = identity = identity_of(
+            "absorb", [start, source], [task], options, states=[old]
+        )
+        check_sums(world, [old])
+    manifest = old.manifest
+    known = manifest.base_fingerprints
+
+    def expect(name: str, digits: str) -> None:
+        if known.get(name, digits) != digits:
+            raise ValueError(
+                f"{start.where}, tensor {name!r}: differs from the base model that the state was "
+                "made over"
+            )
+
+    job = StateJob(spec, fusion, manifest.rule, manifest.dtype, expect)
+    base_name = manifest.base_name or os.fspath(base)
+    commit = Commit(job, known, base_name, {task: found}, [old])
+    settle = Unchanged(old) if in_place else forget_others
+    return Prepared(job, folder, identity, settle, commit, commit.others, world, options, held=held)
+
+
+def prepare_merge(a: PathLike, b: PathLike, out: PathLike, *, options: Options) -> Prepared:
+    """See :func:`condu.checkpoint.merge`."""
+    world, held = World.current(), ExitStack()
+    with world.step() as step, closing(held):
+        folder = _new_folder(out)
+        states = [held.enter_context(StateFiles(Path(path))) for path in (a, b)]
+        order = _mergeable(*(state.manifest for state in states))
+        fusion = Merging(states[0], states[1], order, device_of(options))
+        step.claims["the command"] = identity = identity_of("merge", [], [], options, states=states)
+        check_sums(world, states)
+    left, right = (state.manifest for state in states)
+    job = StateJob(logical(left.spec), fusion, left.rule, left.dtype)
+    prints = right.base_fingerprints | left.base_fingerprints
+    commit = Commit(job, prints, left.base_name or right.base_name, {}, states)
+    return Prepared(
+        job, folder, identity, forget_others, commit, commit.others, world, options, held=held
+    )
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def closing(held: ExitStack) -> ExitStack:
+    """Closes what ``held`` holds if the block raises."""
+    guard = ExitStack()
+
+    def close(kind: object, error: object, trace: object) -> None:
+        if error is not None:
+            held.close()
+
+    guard.push(close)
+    return guard
+
+
+def opened(held: ExitStack, where: PathLike, options: Options, folder: Path) -> Source:
+    source = open_source(where, allow_pickle=options.allow_pickle, scratch=folder.parent)
+    held.callback(source.close)
+    return source
+
+
+def device_of(options: Options) -> torch.device:
+    return torch.device(options.device)
+
+
+def _same(a: PathLike, b: PathLike) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
+def _new_folder(out: PathLike) -> Path:
+    """Where a new state goes.
+
+    Raises:
+        ValueError: there is one. NotADirectoryError: there is a file.
+    """
+    folder = Path(out)
+    if (folder / CONFIG).exists():
+        tasks = ", ".join(task.name for task in read_manifest(folder).tasks)
+        raise ValueError(f"{folder} already holds a state, of the tasks {tasks}")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, not a folder for a state")
+    return folder
+
+
+def check_sums(world: World, states: Sequence[StateFiles]) -> None:
+    """Checksums of all files of the states, each looked at by one process."""
+    for state in states:
+        state.check_sums(lambda number: number % world.size == world.rank)
+
+
+def _mergeable(a: Manifest, b: Manifest) -> list[int]:
+    """For each tensor of ``a`` its position in ``b``.
+
+    Raises:
+        ValueError: tasks in common, or states of another rule, dtype, base model or set of tensors.
+    """
+    if common := {task.name for task in a.tasks} & {task.name for task in b.tasks}:
+        raise ValueError(f"both states hold task {min(common)!r}; rename one")
+    for what, ours, theirs in (
+        ("rule", a.rule, b.rule),
+        ("dtype", a.dtype, b.dtype),
+        ("private patterns", a.spec.private, b.spec.private),
+        ("tied tensors", dict(a.spec.aliases), dict(b.spec.aliases)),
+    ):
+        if ours != theirs:
+            raise ValueError(f"the states differ in {what}: {ours} and {theirs}")
+    positions = {entry.name: k for k, entry in enumerate(b.spec.tensors)}
+    for entry in logical(a.spec).tensors:
+        other = logical(b.spec).tensors[positions[entry.name]] if entry.name in positions else None
+        if entry != other:
+            raise ValueError(f"the states differ in a tensor: {entry} and {other}")
+        if b.base_fingerprints.get(entry.name) != a.base_fingerprints.get(entry.name):
+            raise ValueError(f"the states are over different base models: {entry.name!r} differs")
+    if len(positions) != len(a.spec.tensors):
+        extra = min(positions.keys() - {entry.name for entry in a.spec.tensors})
+        raise ValueError(f"the states differ in a tensor: only the second has {extra!r}")
+    return [positions[entry.name] for entry in a.spec.tensors]
+
+
+def identity_of(
+    command: str,
+    sources: Sequence[Source],
+    tasks: Sequence[str],
+    options: Options,
+    *,
+    states: Sequence[StateFiles] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """What a state depends on: the command, its inputs, and the options that matter."""
+    files = [file for source in sources for file in source.files]
+    return {
+        "command": command,
+        "tasks": list(tasks),
+        "inputs": seen(files),
+        "states": [xxhash.xxh3_64_hexdigest(s.manifest.to_json().encode()) for s in states],
+        "match_dtype": options.match_dtype,
+        "on_mismatch": options.on_mismatch,
+        "device": torch.device(options.device).type,
+        **more,
+    }
