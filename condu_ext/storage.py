@@ -92,11 +92,11 @@ def save(state: UnifiedDelta, path: str | os.PathLike[str]) -> None:
             raise
         if writes:
             with suppress(OSError):  # the new state is in force; the next save cleans up again
-                remove_others(directory, manifest)
+                _remove_others(directory, manifest)
 
 
-def remove_others(directory: Path, manifest: Manifest) -> None:
-    """Remove the data files that the folder's state does not list; for the holder of the lock."""
+def _remove_others(directory: Path, manifest: Manifest) -> None:
+    """Remove the data files that the folder's state does not list."""
     for name in os.listdir(directory):
         if generation_of(name) is not None and name not in manifest.files:
             (directory / name).unlink(missing_ok=True)

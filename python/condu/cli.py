@@ -1,4 +1,5 @@
-"""The command `condu`: demo, run, report, bench, doctor, absorb-adapter, extract-adapter.
+"""The command `condu`: demo, run, report, bench, doctor, and the commands of the modules
+`checkpoint_commands`, `state_commands` and `adapter_commands`.
 
 `bench` and `doctor` work with the core dependencies alone, so everything heavy is imported inside
 the commands.
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from condu import adapter_commands, checkpoint_commands
+from condu import adapter_commands, checkpoint_commands, state_commands
 from condu.terminal import EXTRA, Debug, complain, errors
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(checkpoint_commands.app)
+app.add_typer(state_commands.app)
 app.add_typer(adapter_commands.app)
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the final table only.")]

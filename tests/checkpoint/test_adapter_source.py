@@ -72,6 +72,45 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_named_as_in_the_files_of_the_base(tmp_path: Path, kind: str) -> None:
+    model = saved(kind, tmp_path)
+    base = open_source(next(tmp_path.glob("base*")))
+    live = open_source(tmp_path / "adapter")
+    source = open_source(tmp_path / "adapter", base=base)
+    assert source.tensors.keys() <= base.tensors.keys()
+    renamed = kind == "llava"
+    assert (source.tensors.keys() != live.tensors.keys()) is renamed
+    merged = model.merge_and_unload()
+    if not hasattr(merged, "save_pretrained"):
+        return
+    merged.save_pretrained(tmp_path / "merged")
+    after = open_source(tmp_path / "merged")
+    for name in base.tensors:
+        expected = values(after, name) - values(base, name)
+        found = values(source, name) if name in source.tensors else torch.zeros(())
+        torch.testing.assert_close(found.expand_as(expected), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_where_transformers_does_not_know_the_base_names_stay(tmp_path: Path) -> None:
+    saved("llava", tmp_path)
+    live = open_source(tmp_path / "adapter")
+    config = tmp_path / "base" / "config.json"
+    known = json.loads(config.read_text())
+    unknown: list[dict[str, Any]] = [
+        {**known, "model_type": "of_nobody"},
+        {**known, "architectures": ["OfNobody"]},
+        {**known, "architectures": None},
+    ]
+    for content in unknown:
+        config.write_text(json.dumps(content))
+        source = open_source(tmp_path / "adapter", base=open_source(tmp_path / "base"))
+        assert source.tensors.keys() == live.tensors.keys()
+    config.unlink()
+    source = open_source(tmp_path / "adapter", base=open_source(tmp_path / "base"))
+    assert source.tensors.keys() == live.tensors.keys()
+
+
 def wide(tmp_path: Path, *, rank: int, rows: int, columns: int, dtype: torch.dtype) -> Source:
     """An adapter of one layer "w" with blocks of several rows."""
     model = get_peft_model(

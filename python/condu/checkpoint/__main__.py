@@ -1,5 +1,5 @@
-"""``python -m condu.checkpoint …``: the commands on checkpoints, for torchrun to start."""
+"""``python -m condu.checkpoint …`` is the command ``condu``, for torchrun to start."""
 
-from condu.checkpoint_commands import app
+from condu.cli import app
 
 app(prog_name="python -m condu.checkpoint")

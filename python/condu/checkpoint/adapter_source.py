@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from condu.adapters.folder import TENSORS, AdapterFolder
-from condu.checkpoint.sources import Listed
+from condu.adapters.layers import Product
+from condu.checkpoint.loaded_names import names_when_loaded
+from condu.checkpoint.sources import Listed, Source
 
 BLOCK = 1 << 18
 """Elements of a product that are computed together, up to a row more: 1 MiB."""
@@ -24,17 +26,20 @@ class AdapterSource:
     Rows are multiplied in blocks that always begin at the same rows, each by one thread, so that a
     value does not depend on the range it is read in; no more than a block is ever there.
 
+    base: the model that the adapter is for, if its names are to be taken where they differ: a
+        vision-language model's files often have other names than the model that was trained.
+
     Raises:
         OSError, ValueError: as ``AdapterFolder.read`` and ``AdapterFolder.deltas``.
     """
 
     is_delta: ClassVar[bool] = True
 
-    def __init__(self, where: str, folder: Path) -> None:
+    def __init__(self, where: str, folder: Path, base: Source | None = None) -> None:
         adapter = AdapterFolder.read(folder)
         self.where = where
         self.files: Sequence[Path] = (folder / TENSORS,)
-        self._products = adapter.products()
+        self._products = _named_as_in(base, adapter.products())
         self.tensors: Mapping[str, Listed] = {
             name: Listed(name, torch.float32, product.shape)
             for name, product in self._products.items()
@@ -55,6 +60,14 @@ class AdapterSource:
 
     def close(self) -> None:
         self._products = {}
+
+
+def _named_as_in(base: Source | None, products: dict[str, Product]) -> dict[str, Product]:
+    folder = getattr(base, "folder", None)  # of a Hugging Face folder
+    if base is None or folder is None or products.keys() <= base.tensors.keys():
+        return products
+    stored = names_when_loaded(folder, base.tensors)
+    return {stored.get(name, name): product for name, product in products.items()}
 
 
 @contextmanager

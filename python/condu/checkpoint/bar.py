@@ -1,4 +1,4 @@
-"""A command's progress on a terminal: how much was read and written, how fast, and the time left."""
+"""A command's progress on a terminal: what was read and written, how fast, and the time left."""
 
 from __future__ import annotations
 

@@ -191,6 +191,11 @@ class StateJob:
         self.files = lru_cache(maxsize=8)(self._files)
         self.places = lru_cache(maxsize=8)(self._new_places)
 
+    def bytes_with(self, dtype: torch.dtype) -> int:
+        """About how many bytes would be written with another state dtype."""
+        bits = len(self.fusion.tasks) / 8
+        return int(sum(self.numels) * (dtype.itemsize + bits))
+
     def read(self, unit: Unit, room: Room) -> Part:
         return self.fusion.read(unit, room)
 

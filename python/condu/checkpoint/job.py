@@ -117,7 +117,14 @@ class Costs:
             )
         )
         return (
-            f"read {self.read / 1e9:.2f} GB, wrote {self.written / 1e9:.2f} GB in "
-            f"{self.elapsed:.2f} s ({speed:.2f} GB/s; per worker: {each}), then waited "
-            f"{self.waited:.2f} s for the disk"
+            f"read {size_text(self.read)}, wrote {size_text(self.written)} in {self.elapsed:.2f} s "
+            f"({speed:.2f} GB/s; per worker: {each}), then waited {self.waited:.2f} s for the disk"
         )
+
+
+def size_text(size: float) -> str:
+    """Bytes as people read them, in decimal units."""
+    for unit, bytes_each in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= bytes_each:
+            return f"{size / bytes_each:.2f} {unit}"
+    return f"{size:.0f} bytes"

@@ -11,7 +11,7 @@ from condu.checkpoint.options import Options
 from condu.checkpoint.room import Room
 from condu_ext.layout import CHUNK
 
-_BEST = 4 * CHUNK
+_BEST = 8 * CHUNK
 """Elements of a unit: enough that calls cost nothing, few enough to stay in the caches."""
 _SLACK = 4096
 """Bytes of a room that begin no unit: its tensors begin on cache lines."""

@@ -143,8 +143,12 @@ def _load(file: Path) -> Any:
                 f"{file}: is in the format of torch before 1.6, which cannot be read by parts:"
                 " load it and save it again"
             ) from None
-        reason = " ".join(str(error).split(". ")[0].split())
-        raise ValueError(f"{file}: torch.load cannot read it ({reason})") from None
+        raise ValueError(f"{file}: torch.load cannot read it ({reason(error)})") from None
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of what torch says, on one line."""
+    return " ".join(str(error).split(". ")[0].split()) or type(error).__name__
 
 
 def _is_dense(value: object) -> bool:

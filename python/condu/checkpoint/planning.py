@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from condu.checkpoint.job import size_text
 from condu.checkpoint.memory import resident, rooms, workers_and_elements
 from condu.checkpoint.prepared import Prepared
 from condu.checkpoint.units import Unit, cut
@@ -41,21 +42,22 @@ class Plan:
     fuse_rate: float
     write_rate: float
     seconds: float
-    other_dtype: tuple[str, int] | None = None
+    other_dtype: tuple[torch.dtype, int] | None = None
 
     def lines(self) -> list[str]:
         """For a terminal."""
         found = [
-            f"to read            {self.read / 1e9:10.2f} GB",
-            f"to write           {self.written / 1e9:10.2f} GB of disk",
-            f"memory, at most    {self.memory / 2**20:10.0f} MiB ({self.workers} workers, units of "
-            f"{self.unit / 1024:.0f} Ki elements)",
-            f"expected time      {self.seconds:10.1f} s (measured here: reading and fusing "
-            f"{self.fuse_rate / 1e6:.0f} M parameters/s, writing {self.write_rate / 1e9:.2f} GB/s)",
+            f"to read           {size_text(self.read)}",
+            f"to write          {size_text(self.written)}, which the disk must have free",
+            f"memory, at most   {self.memory / 2**20:.0f} MiB: {self.workers} workers with units "
+            f"of {self.unit / 1024:.0f} Ki elements",
+            f"expected time     {self.seconds:.1f} s: {self.fuse_rate / 1e6:.0f} M parameters/s "
+            f"are read and fused here, {size_text(self.write_rate)}/s written",
         ]
         if self.other_dtype is not None:
-            name, size = self.other_dtype
-            found.append(f"with --state-dtype {name} {size / 1e9:.2f} GB would be written")
+            dtype, size = self.other_dtype
+            name = "bf16" if dtype == torch.bfloat16 else "fp32"
+            found.append(f"--state-dtype {name} would write {size_text(size)}")
         return found
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
 from condu.checkpoint.job import Costs, Job
@@ -49,7 +50,7 @@ class Prepared:
     world: World
     options: Options
     temporary: bool = False
-    other_dtype: tuple[str, int] | None = None
+    other_dtype: tuple[torch.dtype, int] | None = None
     held: ExitStack = field(default_factory=ExitStack)
 
     def run(self) -> Costs:

@@ -115,7 +115,7 @@ def read_index(index: Path) -> dict[str, Path]:
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f"{index}: has no weight_map that lists tensors")
     for name, file in listed.items():
-        if not isinstance(file, str) or not _inside(file):
+        if not isinstance(file, str) or not stays_inside(file):
             raise ValueError(
                 f"{index}: the file of tensor {name!r} is {file!r}, not the name of one in its"
                 " folder"
@@ -135,8 +135,8 @@ def check_listed(index: Path, listed: Mapping[str, Path], held: Mapping[str, Pat
             raise ValueError(f"{index}: lists tensor {name!r} in {file.name!r}, which lacks it")
 
 
-def _inside(file: str) -> bool:
-    """Whether a relative path stays in its folder, on any system."""
+def stays_inside(file: str) -> bool:
+    """Whether a path is relative and leads to no other folder, on any system."""
     return bool(file) and not any(
         path.is_absolute() or path.drive or path.root or ".." in path.parts
         for path in (PurePosixPath(file), PureWindowsPath(file))

@@ -83,13 +83,18 @@ class Source(Protocol):
 
 
 def open_source(
-    where: str | os.PathLike[str], *, allow_pickle: bool = False, scratch: Path | None = None
+    where: str | os.PathLike[str],
+    *,
+    base: Source | None = None,
+    allow_pickle: bool = False,
+    scratch: Path | None = None,
 ) -> Source:
     """Open a model: its names, shapes and dtypes are read and checked, no values yet.
 
     where: a file of safetensors or of ``torch.save``; a folder of Hugging Face, of a PEFT adapter,
         whose values are what it adds to the base, or of torch.distributed.checkpoint; or, if there
         is no such path, "org/name" or "org/name@revision" of the Hugging Face hub.
+    base: the model that an adapter is for: the adapter's weights are named as in its files.
     allow_pickle: files of ``torch.save`` and torch.distributed.checkpoint may be read.
     scratch: folder for a copy of a model that cannot be read by ranges where it is
         (torch.distributed.checkpoint); the system's folder for temporary files if None.
@@ -100,12 +105,14 @@ def open_source(
             not allowed.
     """
     name, path = os.fspath(where), Path(where)
+    if not name:
+        raise ValueError("the name of a model is empty")
     if not path.exists():
         from condu.checkpoint.hub import download
 
         path = download(name, allow_pickle=allow_pickle)
     if path.is_dir():
-        return _open_folder(name, path, allow_pickle, scratch)
+        return _open_folder(name, path, base, allow_pickle, scratch)
     if _is_pickle(path):
         from condu.checkpoint.pickles import PickledSource
 
@@ -113,12 +120,14 @@ def open_source(
     return SafetensorsSource(name, [path])
 
 
-def _open_folder(where: str, folder: Path, allow_pickle: bool, scratch: Path | None) -> Source:
+def _open_folder(
+    where: str, folder: Path, base: Source | None, allow_pickle: bool, scratch: Path | None
+) -> Source:
     # the libraries behind these are slow to import, and peft is not everywhere
     if (folder / "adapter_config.json").is_file():
         from condu.checkpoint.adapter_source import AdapterSource
 
-        return AdapterSource(where, folder)
+        return AdapterSource(where, folder, base)
     if (folder / ".metadata").is_file():
         from condu.checkpoint.dcp import DistributedSource
 

@@ -52,7 +52,7 @@ def prepare_unify(
         names = [entry.name for entry in spec.tensors]
         matched = []
         for number, (task, where) in enumerate(tasks.items()):
-            source = opened(held, where, options, folder)
+            source = opened(held, where, options, folder, start)
             spec, found = match(spec, task, source, start, names, options, settled=number > 0)
             matched.append(found)
         models = Models(spec, start, names, matched)
@@ -62,8 +62,18 @@ def prepare_unify(
         ) | {"rule": asdict(rule), "private": list(private)}
     job = StateJob(spec, fusion, rule, dtype)
     commit = Commit(job, {}, os.fspath(base), dict(zip(tasks, matched, strict=True)))
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     return Prepared(
-        job, folder, identity, forget_others, commit, commit.others, world, options, held=held
+        job,
+        folder,
+        identity,
+        forget_others,
+        commit,
+        commit.others,
+        world,
+        options,
+        other_dtype=(other, job.bytes_with(other)),
+        held=held,
     )
 
 
@@ -85,7 +95,7 @@ def prepare_absorb(
         if check_task_name(task) in (entry.name for entry in old.manifest.tasks):
             raise ValueError(f"task {task!r} is already in the state; drop it first to replace it")
         start = opened(held, base, options, folder)
-        source = opened(held, finetuned, options, folder)
+        source = opened(held, finetuned, options, folder, start)
         spec = logical(old.manifest.spec)
         names = find_base(spec, start)
         spec, found = match(
@@ -147,8 +157,12 @@ def closing(held: ExitStack) -> ExitStack:
     return guard
 
 
-def opened(held: ExitStack, where: PathLike, options: Options, folder: Path) -> Source:
-    source = open_source(where, allow_pickle=options.allow_pickle, scratch=folder.parent)
+def opened(
+    held: ExitStack, where: PathLike, options: Options, folder: Path, base: Source | None = None
+) -> Source:
+    """A model, closed with ``held``; what has to be copied first goes beside ``folder``."""
+    scratch = next(place for place in folder.resolve().parents if place.is_dir())
+    source = open_source(where, base=base, allow_pickle=options.allow_pickle, scratch=scratch)
     held.callback(source.close)
     return source
 

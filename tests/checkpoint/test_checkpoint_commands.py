@@ -1,0 +1,221 @@
+"""The commands as a user types them, and what they say to damaged and hostile input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from range_models import data_bytes, load, save
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+import condu_ext as cx
+from condu.checkpoint import memory
+from condu.cli import app
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a sharded base model and two fine-tuned ones, where commands run."""
+    monkeypatch.chdir(tmp_path)
+    tiny_models.llama(Path("base"), seed=0, dtype=torch.bfloat16)
+    for seed, task in enumerate(("ft1", "ft2"), start=1):
+        tiny_models.finetuned(Path("base"), Path(task), seed=seed)
+    return tmp_path
+
+
+def condu(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def done(*arguments: object) -> str:
+    result = condu(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*arguments: object) -> str:
+    """The one line that a command wrote before it ended with status 2."""
+    result = condu(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+UNIFY = ("unify", "base", "--task", "a=ft1", "--task", "b=ft2", "-o", "state")
+
+
+def test_a_sequence_of_commands() -> None:
+    summary = done("unify", "base", "--task", "a=ft1", "-o", "state")
+    assert re.match(r"read \d+\.\d\d kB, wrote \d+\.\d\d kB in \d+\.\d\d s .*\n$", summary)
+    done("absorb", "state", "--base", "base", "--task", "b=ft2")
+    done("absorb", "state", "--base", "base", "--task", "c=ft2", "-o", "state2")
+    assert cx.UnifiedDelta.load("state").tasks == ("a", "b")
+    assert cx.UnifiedDelta.load("state2").tasks == ("a", "b", "c")
+    assert done("unify", "base", "--task", "z=ft1", "-o", "other", "--quiet") == ""
+    done("merge", "state2", "other", "-o", "both")
+    done("extract", "both", "--base", "base", "--task", "b", "-o", "expert")
+    base = load(Path("base"))
+    expected = cx.decouple(cx.UnifiedDelta.load("both"), "b", base)
+    found = load(Path("expert"))
+    assert all(torch.equal(found[name], expected[name]) for name in base)
+
+
+def test_the_state_dtype_and_the_rule() -> None:
+    done(*UNIFY, "--state-dtype", "bf16", "--zero-sum", "zero", "--rescale", "per_tensor")
+    state = cx.UnifiedDelta.load("state")
+    assert state.dtype == torch.bfloat16
+    assert state.rule == cx.FusionRule(zero_sum="zero", rescale="per_tensor")
+
+
+def test_plan_writes_nothing_and_says_what_would_be() -> None:
+    before = sorted(Path().rglob("*"))
+    text = done("plan", *UNIFY)
+    assert sorted(Path().rglob("*")) == before
+    for line in ("to read", "to write", "memory, at most", "expected time"):
+        assert line in text
+    assert "--state-dtype bf16 would write" in text
+    done(*UNIFY)
+    assert "to write" in done("plan", "absorb", "state", "--base", "base", "--task", "c=ft1")
+    assert "to write" in done(
+        "plan", "extract", "state", "--base", "base", "--task", "a", "-o", "x"
+    )
+    assert "unknown task 'x'" in refused(
+        "plan", "extract", "state", "--base", "base", "--task", "x", "-o", "x"
+    )
+
+
+def truncate(folder: Path) -> None:
+    file = shard(folder)
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def shard(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
+def leave_the_folder(folder: Path) -> None:
+    tiny_models.change_index(
+        folder, {"model.norm.weight": "../ft2/model-00001-of-00002.safetensors"}
+    )
+
+
+def list_what_is_not_there(folder: Path) -> None:
+    tiny_models.change_index(folder, {"no.such.weight": shard(folder).name})
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(shard(folder))
+    change(tensors)
+    shutil.move(save(tensors, folder / "new"), shard(folder))
+
+
+def wrong_dtype(folder: Path) -> None:
+    rewrite(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].double()}))
+
+
+def one_nan(folder: Path) -> None:
+    rewrite(folder, lambda t: t["model.norm.weight"][3].fill_(torch.nan))
+
+
+def overlap(folder: Path) -> None:
+    data = shard(folder).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    first, second = (name for name in list(header)[1:3])
+    header[second]["data_offsets"] = header[first]["data_offsets"]
+    header[second]["shape"] = header[first]["shape"]
+    text = json.dumps(header).encode()
+    shard(folder).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+HOSTILE = {
+    truncate: r"ft1/model-00002-of-0000\d.safetensors: not a valid safetensors file",
+    leave_the_folder: r"ft1/model.safetensors.index.json: .*\.\./ft2",
+    list_what_is_not_there: r"ft1/.*no\.such\.weight",
+    wrong_dtype: r"task 'a', tensor 'model\.norm\.weight': torch\.float64 cannot be fused",
+    one_nan: r"task 'a', tensor 'model\.norm\.weight': .* NaN or infinite",
+    overlap: r"ft1/model-00002-of-0000\d.safetensors: not a valid safetensors file",
+}
+
+
+@pytest.mark.parametrize("damage", HOSTILE, ids=lambda f: f.__name__)
+def test_hostile_input_is_one_line_and_nothing_is_written(damage: Callable[[Path], None]) -> None:
+    damage(Path("ft1"))
+    before = sorted(Path().rglob("*"))
+    assert re.search(HOSTILE[damage], refused(*UNIFY))
+    assert sorted(Path().rglob("*")) == before
+    done("unify", "base", "--task", "b=ft2", "-o", "old")
+    state = data_bytes(Path("old"))
+    assert re.search(HOSTILE[damage], refused("absorb", "old", "--base", "base", "--task", "a=ft1"))
+    assert data_bytes(Path("old")) == state
+
+
+def test_folders_that_cannot_be_read_or_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("file").touch()
+    for place in ("file/state", "file"):
+        assert "file" in refused(*UNIFY[:-1], place)
+    assert "nowhere" in refused("unify", "base", "--task", "a=nowhere", "-o", "state")
+    assert "nowhere" in refused("absorb", "nowhere", "--base", "base", "--task", "a=ft1")
+    if os.getuid():  # to root everything is permitted
+        Path("ft1").chmod(0)
+        assert "Permission denied" in refused(*UNIFY)
+        Path("ft1").chmod(0o755)
+    else:
+        real = os.open
+
+        def denied(path: os.PathLike[str] | str, *rest: int, **more: int) -> int:
+            if "state" in os.fspath(path):
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return real(path, *rest, **more)
+
+        monkeypatch.setattr(os, "open", denied)
+        assert "Permission denied" in refused(*UNIFY)
+    assert not Path("state").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-memory", "much"), "--max-memory must be a size such as 2G or 500M, not 'much'"),
+        (("--max-memory", "1M"), r"max_memory: 1 MiB are too few; this needs \d+ MiB"),
+        (("--state-dtype", "fp16"), "--state-dtype must be fp32 or bf16, not 'fp16'"),
+        (("--zero-sum", "up"), "zero_sum"),
+        (("--device", "abacus"), "abacus"),
+        (("--task", "a=ft2"), "--task 'a' is given twice"),
+        (("--task", "ft2"), "--task must be NAME=FINETUNED, not 'ft2'"),
+        (("--on-mismatch", "guess"), "on_mismatch must be 'error' or 'skip', not 'guess'"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: tuple[str, ...], message: str) -> None:
+    assert re.search(message, refused(*UNIFY, *arguments))
+    assert not Path("state").exists()
+
+
+def test_sizes_of_memory_are_taken_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    known = memory.workers_and_elements
+
+    def watch(job: object, options: object) -> tuple[int, int]:
+        seen.append(options.max_memory)  # type: ignore[attr-defined]
+        return known(job, options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("condu.checkpoint.planning.workers_and_elements", watch)
+    for text in ("2G", "2GiB", "1536M", "3000000000"):
+        done("plan", *UNIFY, "--max-memory", text)
+    assert seen == [2 << 30, 2 << 30, 1536 << 20, 3_000_000_000]
+
+
+def test_debug_shows_where_it_happened() -> None:
+    result = condu(*UNIFY[:-1], "base", "--debug")
+    assert result.exit_code != 0
+    assert result.exception is not None
