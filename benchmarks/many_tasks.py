@@ -43,7 +43,7 @@ from timed_command import run
 CPU = torch.device("cpu")
 ON_DISK = (1, 4, 16, 50, 99)
 ROUNDS = 3
-MEMORY, DISK = "#0072B2", "#D55E00"
+MEMORY, DISK, STREAM = "#0072B2", "#D55E00", "#E69F00"
 
 
 def measure(model: str, tasks: int, scratch: Path | None, save: Any) -> None:
@@ -107,6 +107,7 @@ def from_disk_to_disk(scratch: Path, old_tasks: int) -> dict[str, Any]:
         "old_tasks": old_tasks,
         **asdict(chosen),
         "apart_from_fsync": chosen.apart_from_fsync,
+        "streaming": chosen.summary["elapsed"],
         "state_bytes": size,
     }
 
@@ -118,6 +119,7 @@ def figure_of(record: Record) -> Figure:
     memory, disk = record["in_memory"], record["on_disk"]
     _points(time_axes, memory, "seconds", 1, MEMORY, "absorb_ in memory")
     _points(time_axes, disk, "apart_from_fsync", 1, DISK, "condu absorb, fsync apart")
+    _points(time_axes, disk, "streaming", 1, STREAM, "of that reading, fusing, writing")
     _finish(time_axes, "Time of one absorb", "seconds")
     _points(size_axes, memory, "state_bytes", 1e9, MEMORY, "in memory")
     _points(size_axes, disk, "state_bytes", 1e9, DISK, "on disk")
