@@ -13,6 +13,7 @@ import mmap
 
 import torch
 from kernel_cases import BF16, F16, F32, Case, digests, make_case, run
+from range_operators import InRanges
 from torch import Tensor
 
 import condu_ext
@@ -113,6 +114,7 @@ def touch_page_ends() -> None:
 def probe() -> dict[str, dict[str, str]]:
     """Digests by case and result."""
     found = {name: digests(run(_ops, case)) for name, case in cases().items()}
+    found["in ranges"] = digests(run(InRanges(seed=0), cases()["mixed"]))
     return found | {"conversions": digests(conversions())}
 
 

@@ -148,6 +148,29 @@ def test_a_whole_sequence() -> None:
     np.testing.assert_allclose(found.rescalers, fused.rescalers, rtol=1e-5)
 
 
+def test_a_hundred_tasks() -> None:
+    """Each step as above, given the same state, and the end against a hundred rebuilds that never
+    see it: λ to 1e-5, masks in all but the elements counted here."""
+    numel, tasks = 4001, 100
+    state = cx.UnifiedDelta.empty({"w": torch.zeros(numel)})
+    fused = Fused(np.zeros(numel), [], [], np.zeros(numel, dtype=bool))
+    near = 0
+    for k, delta in enumerate(random_deltas(tasks, numel, seed=8)):
+        before, new = view64(state), delta.double().numpy()
+        expected = unify64([*(decouple64(before, t) for t in range(k)), new], "negative")
+        expected.near &= (before.u != 0) | (new != 0)
+        near += int(expected.near.sum())
+        state = cx.absorb(state, f"t{k}", {"w": delta}, None)
+        assert_agrees(state, expected, allowed=0.001)
+        fused = unify64([*(decouple64(fused, t) for t in range(k)), new], "negative")
+    assert near <= 5
+    found = view64(state)
+    different = np.stack([a != b for a, b in zip(found.masks, fused.masks, strict=True)]).any(0)
+    assert different.sum() <= 5
+    np.testing.assert_allclose(found.u[~different], fused.u[~different], rtol=1e-5, atol=1e-40)
+    np.testing.assert_allclose(found.rescalers, fused.rescalers, rtol=1e-5)
+
+
 def test_merge() -> None:
     """Two states merged are the union of their decoupled deltas, unified."""
     deltas = random_deltas(7, 5003, seed=5)

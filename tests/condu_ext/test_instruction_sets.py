@@ -46,6 +46,11 @@ def test_every_instruction_set_gives_the_same_bytes(isa: str, own_digests: dict[
         assert not wrong, f"{name}: {wrong}"
 
 
+def test_ranges_give_the_same_bytes_on_every_instruction_set(own_digests: dict[str, Any]) -> None:
+    """Here; the probe compares those of the others."""
+    assert own_digests["in ranges"] == own_digests["mixed"]
+
+
 def test_the_probe_sees_a_difference(own_digests: dict[str, Any]) -> None:
     """A digest that no input could change would make the test above pass for ever."""
     case = cases()["fp32"]

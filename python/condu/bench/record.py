@@ -41,7 +41,7 @@ def record_of(settings: Settings, copy: Copy, results: Sequence[CaseResult]) -> 
     return {
         "format": FORMAT,
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": machine(settings.device),
         "device": settings.device.type,
         "settings": {
@@ -134,7 +134,7 @@ def _first_block(file: Path) -> dict[str, str]:
 
 
 @cache
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the checkout that the package lies in, with a plus if files were changed."""
     here = str(Path(__file__).parent)
     digits = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
