@@ -13,13 +13,14 @@ import torch
 import xxhash
 
 from condu.checkpoint.committing import Commit, Unchanged, left_over
-from condu.checkpoint.fusing import Absorbing, Merging, StateJob, Unifying
+from condu.checkpoint.fusing import Absorbing, Merging, Unifying
 from condu.checkpoint.inputs import Models
 from condu.checkpoint.matching import describe, find_base, logical, match
 from condu.checkpoint.options import Options
 from condu.checkpoint.prepared import Prepared, seen
 from condu.checkpoint.sources import Source, open_source
 from condu.checkpoint.state_files import StateFiles
+from condu.checkpoint.state_job import StateJob
 from condu.checkpoint.world import World
 from condu_ext.manifest import CONFIG, Manifest, read_manifest
 from condu_ext.rule import FusionRule
