@@ -113,6 +113,8 @@ def open_source(
         path = download(name, allow_pickle=allow_pickle)
     if path.is_dir():
         return _open_folder(name, path, base, allow_pickle, scratch)
+    if not path.is_file():
+        raise ValueError(f"{path}: is neither a file nor a folder")
     if _is_pickle(path):
         from condu.checkpoint.pickles import PickledSource
 
