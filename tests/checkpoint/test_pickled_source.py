@@ -60,7 +60,7 @@ def test_pickles_are_refused_unless_allowed(tmp_path: Path) -> None:
 
 def test_a_pickle_that_runs_something_is_refused_and_does_not(tmp_path: Path) -> None:
     file = save({"x": torch.ones(1), "y": Harm(tmp_path / "harm")}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=r"bad\.pt: torch\.load cannot read it \(Weights only"):
+    with pytest.raises(ValueError, match=r"bad\.pt: torch\.load .*global: GLOBAL \w+\.mkdir was not"):
         opened(file)
     assert not (tmp_path / "harm").exists()
 
