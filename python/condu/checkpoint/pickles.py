@@ -149,9 +149,11 @@ def _load(file: Path) -> Any:
 
 def reason(error: Exception) -> str:
     """The first sentence of what torch says is wrong, on one line."""
-    # what it says first of pickles that would run something is how to read them all the same
     text = str(error).rpartition("WeightsUnpickler error: ")[2]
-    return " ".join(text.split(". ")[0].split()) or type(error).__name__
+    if text.startswith("Weights only load failed"):  # first it says how to read it all the same
+        text = text.partition("\n\n")[2] or text
+    text = text.strip().split("\n\n")[0].split(". ")[0]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _is_dense(value: object) -> bool:
