@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_states import TASKS, change_config, make_state, model, rewritten, save
+from small_states import change_config, make_state, model, rewritten, save
 from typer.testing import CliRunner
 
 import condu_ext as cx
@@ -277,4 +277,3 @@ def test_states_without_fingerprints(tmp_path: Path, base: Path) -> None:
 def test_a_base_that_is_not_there(saved: Path, tmp_path: Path) -> None:
     status, lines, errors = run(saved, "--base", tmp_path / "nowhere")
     assert (status, lines, len(errors.splitlines())) == (2, [], 1)
-    assert len(TASKS) == len(read_manifest(saved).tasks)
