@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,3 +72,22 @@ def test_a_file_that_became_shorter(tmp_path: Path, tensors: list[StoredTensor])
         assert out[9] == 9
         with pytest.raises(OSError, match=r"0\.safetensors: ends at byte .* was it changed"):
             reader.read(tensors[0], 0, 11, out)
+
+
+def test_a_file_stays_open_while_it_is_read(
+    tensors: list[StoredTensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many others are read before that is done."""
+    real, others = os.preadv, list(range(1, 20))
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        while others:
+            reader.read(tensors[others.pop()], 0, 1, torch.empty(1, dtype=torch.int64))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(tensor_files, "_MOST_OPEN", 3)
+    monkeypatch.setattr(os, "preadv", preadv)
+    with FileReader() as reader:
+        out = torch.empty(1000, dtype=torch.int64)
+        reader.read(tensors[0], 0, 1000, out)
+    assert torch.equal(out, torch.arange(1000))
