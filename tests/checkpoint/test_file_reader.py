@@ -35,7 +35,7 @@ def tensors(tmp_path: Path) -> list[StoredTensor]:
 def test_more_files_than_may_be_open(
     tmp_path: Path, tensors: list[StoredTensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensor_files, "_MOST_OPEN", 3)
+    monkeypatch.setattr(tensor_files, "_OPEN_FILES", 3)
     with FileReader() as reader:
 
         def read(seed: int) -> None:
@@ -56,7 +56,7 @@ def test_more_files_than_may_be_open(
 def test_what_was_read_last_stays_open(
     tmp_path: Path, tensors: list[StoredTensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensor_files, "_MOST_OPEN", 3)
+    monkeypatch.setattr(tensor_files, "_OPEN_FILES", 3)
     with FileReader() as reader:
         for k in (0, 1, 2, 0, 3):
             reader.read(tensors[k], 0, 1, torch.empty(1, dtype=torch.int64))
@@ -85,7 +85,7 @@ def test_a_file_stays_open_while_it_is_read(
             reader.read(tensors[others.pop()], 0, 1, torch.empty(1, dtype=torch.int64))
         return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(tensor_files, "_MOST_OPEN", 3)
+    monkeypatch.setattr(tensor_files, "_OPEN_FILES", 3)
     monkeypatch.setattr(os, "preadv", preadv)
     with FileReader() as reader:
         out = torch.empty(1000, dtype=torch.int64)

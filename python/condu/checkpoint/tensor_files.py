@@ -13,8 +13,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _ALIGN = 8
-_MOST_OPEN = 256  # files; 1024 descriptors are what a process usually may have
 _METADATA = "__metadata__"
 _DTYPES = {
     "F64": torch.float64,
@@ -128,21 +126,11 @@ def as_bytes(flat: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-class _OpenFile:
-    def __init__(self, file: Path) -> None:
-        self.descriptor = os.open(file, os.O_RDONLY)
-        self.readers = 0
-
-
 class FileReader:
-    """Open files to read parts of tensors from, in any number of threads; closed as one.
-
-    Of the files that nobody is reading just now only some stay open: a state of many tasks and
-    shards has more of them than a process may have descriptors.
-    """
+    """Open files to read parts of tensors from, in any number of threads; closed as one."""
 
     def __init__(self) -> None:
-        self._files: dict[Path, _OpenFile] = {}  # the one read last comes last
+        self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
 
     def read(self, tensor: StoredTensor, start: int, stop: int, out: Tensor) -> None:
@@ -156,17 +144,17 @@ class FileReader:
 
     def read_bytes(self, file: Path, offset: int, into: memoryview) -> None:
         """Fill ``into`` with the bytes of a file from ``offset`` on."""
-        with self._opened(file) as descriptor:
-            while into:
-                count = os.preadv(descriptor, [into], offset)
-                if count == 0:
-                    raise OSError(f"{file}: ends at byte {offset}, was it changed meanwhile?")
-                into, offset = into[count:], offset + count
+        descriptor = self._open(file)
+        while into:
+            count = os.preadv(descriptor, [into], offset)
+            if count == 0:
+                raise OSError(f"{file}: ends at byte {offset}, was it changed meanwhile?")
+            into, offset = into[count:], offset + count
 
     def close(self) -> None:
         with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1].descriptor)
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
 
     def __enter__(self) -> FileReader:
         return self
@@ -174,22 +162,8 @@ class FileReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextmanager
-    def _opened(self, file: Path) -> Iterator[int]:
+    def _open(self, file: Path) -> int:
         with self._lock:
-            if (found := self._files.pop(file, None)) is None:
-                self._close_idle(_MOST_OPEN - 1)
-                found = _OpenFile(file)
-            self._files[file] = found
-            found.readers += 1
-        try:
-            yield found.descriptor
-        finally:
-            with self._lock:
-                found.readers -= 1
-
-    def _close_idle(self, most: int) -> None:
-        """Close files that nobody reads, the ones read longest ago first, until few are open."""
-        idle = [file for file, opened in self._files.items() if not opened.readers]
-        for file in idle[: max(0, len(self._files) - most)]:
-            os.close(self._files.pop(file).descriptor)
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            return self._descriptors[file]
