@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_states import TASKS, change_config, make_state, model, rewritten, save
+from small_states import TASKS, change_config, make_state, misfit, model, rewritten, save
 from torch import Tensor
 
 import condu_ext as cx
@@ -158,15 +158,8 @@ def test_headers_that_do_not_fit(saved: Path, kind: str, change: str) -> None:
         with rewritten(saved, kind, "vision.0.attn.w") as tensors:
             tensors["scale"] = scale
     else:
-        with rewritten(saved, kind, "scale") as tensors:
-            if change == "shape":
-                tensors["scale"] = tensors["scale"].new_zeros(2)
-            elif change == "dtype":
-                tensors["scale"] = tensors["scale"].to(torch.float16)
-            elif change == "missing":
-                del tensors["scale"]
-            else:
-                tensors[name := "more"] = torch.ones(1)
+        misfit(saved, kind, change)
+        name = "more" if change == "extra" else "scale"
     with pytest.raises(error, match=f"{kind}-1-.*{name}"):
         StateFiles(saved)
     with pytest.raises(error, match=f"{kind}-1-.*{name if change != 'garbage' else ''}"):
