@@ -17,6 +17,7 @@ from condu.checkpoint.job import Costs, Job
 from condu.checkpoint.journal import Record
 from condu.checkpoint.options import Options
 from condu.checkpoint.runner import Runner
+from condu.checkpoint.state_files import StateFiles
 from condu.checkpoint.target import Target
 from condu.checkpoint.world import World
 from condu_ext import _C
@@ -36,6 +37,7 @@ class Prepared:
             was checked still holds, and names the files there that another run may have left.
         commit: called there when all shards are on disk: makes them count.
         others: files in the folder that this command may remove, but did not write as shards.
+        states: those that are read; their checksums are compared before anything is written.
         temporary: whether the folder is one that the commit renames.
         other_dtype: of a new state, the other dtype that it could have, and its bytes with it.
         held: closes the inputs.
@@ -49,6 +51,7 @@ class Prepared:
     others: Callable[[Target], Sequence[str]]
     world: World
     options: Options
+    states: Sequence[StateFiles] = ()
     temporary: bool = False
     other_dtype: tuple[torch.dtype, int] | None = None
     held: ExitStack = field(default_factory=ExitStack)
@@ -67,6 +70,8 @@ class Prepared:
         try:
             with self.world.watching():
                 try:
+                    with self.world.step(), runner.costs.of("verify"):
+                        self._check_states(runner.costs)
                     with self.world.step() as step:
                         if self.world.leads:
                             target.claim()
@@ -83,6 +88,12 @@ class Prepared:
         finally:
             target.close()
         return runner.costs
+
+    def _check_states(self, costs: Costs) -> None:
+        """Checksums of all files of the states, each looked at by one process."""
+        for state in self.states:
+            state.check_sums(lambda number: number % self.world.size == self.world.rank)
+            costs.verified += state.data_bytes
 
     def _clean_up(self, target: Target, error: BaseException) -> None:
         """After an error; what is finished stays where the same command may yet succeed."""
