@@ -79,3 +79,9 @@ def killed(call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
 def full(call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
     """The disk is full."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def interrupted(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Someone presses ctrl-C meanwhile."""
+    os.kill(os.getpid(), signal.SIGINT)
+    return call(*arguments, **options)

@@ -85,6 +85,10 @@ class Commands:
         getattr(self, name)(out, options)
         return {"count": watched.count, "written": watched.written, "lines": lines}
 
+    def run_in(self, max_memory: int, name: str, out: Path) -> None:
+        """Do a command with so much memory."""
+        getattr(self, name)(out, Options(workers=self.workers, max_memory=max_memory))
+
     def unify(self, out: Path, options: Options) -> None:
         tasks = {task: self.folder / task for task in TASKS}
         checkpoint.unify(self.folder / "base", tasks, out, options=options)
