@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ class Noted:
         return sum(j.read_text().count("]}\n") for j in journals) >= self.shards
 
 
+def always(number: int) -> bool:
+    return True
+
+
 class Disk:
     """Watches this process's calls from ``watch`` on; for a process of its own.
 
@@ -41,7 +46,7 @@ class Disk:
 
     def __init__(
         self,
-        at: int | Noted | None = None,
+        at: int | Callable[[int], bool] | None = None,
         happen: Callable[..., Any] | None = None,
         calls: tuple[str, ...] = CALLS,
     ) -> None:
@@ -56,7 +61,7 @@ class Disk:
         def counted(*arguments: Any, **options: Any) -> Any:
             with self._lock:
                 number, self.count = self.count, self.count + 1
-            if self.at(number) if isinstance(self.at, Noted) else number == self.at:
+            if self.at(number) if callable(self.at) else number == self.at:
                 return self.happen(call, *arguments, **options)
             result = call(*arguments, **options)
             if call.__name__ == "pwrite":
@@ -84,4 +89,14 @@ def full(call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
 def interrupted(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Someone presses ctrl-C meanwhile."""
     os.kill(os.getpid(), signal.SIGINT)
+    return call(*arguments, **options)
+
+
+def stopped(call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """The process hangs."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def slow(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    time.sleep(0.3)
     return call(*arguments, **options)
