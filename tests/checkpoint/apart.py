@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ class Ended:
     """How a process ended.
 
     Attributes:
-        status: exit status, negative for a signal.
+        status: exit status, negative for a signal; None if it hung until the time was over.
         value: what the function returned.
         error: what it raised.
     """
@@ -63,17 +65,25 @@ def _start(
         ]
         for process in processes:
             process.start()
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and any(map(_runs, processes)):
+            time.sleep(0.01)
         ends = []
         for process, file in zip(processes, files, strict=True):
-            process.join(timeout)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                ends.append(Ended(None, error=TimeoutError("the process hangs")))
-                continue
-            told = pickle.loads(file.read_bytes()) if file.exists() else {}
-            ends.append(Ended(process.exitcode, **told))
+            hangs = process.is_alive()
+            process.kill()
+            process.join()
+            told = pickle.loads(file.read_bytes()) if file.exists() and not hangs else {}
+            ends.append(Ended(None if hangs else process.exitcode, **told))
         return ends
+
+
+def _runs(process: BaseProcess) -> bool:
+    """Whether it neither ended nor was stopped."""
+    if not process.is_alive():
+        return False
+    state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state != "T"
 
 
 def _alone(file: Path, _: int, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:

@@ -153,10 +153,11 @@ def test_others_stop_at_once(
     patient = Commands(commands.folder, workers=1)
     begin = time.monotonic()
     ends = together(3, one_of_slow_ones, patient, out, happens, timeout=8)
-    assert time.monotonic() - begin < (16 if happens is stopped else 8)  # that one is waited for
+    assert time.monotonic() - begin < 8
     for end in (ends[0], ends[2]):
         assert isinstance(end.error, OSError if happens is full else RuntimeError)
-        assert ("rank 1 is gone" in str(end.error)) == (happens in (killed, stopped))
+        said = {full: "No space left", interrupted: "gave up", killed: "gone", stopped: "gone"}
+        assert any(word in str(end.error) for word in (said[happens], "gave up"))
     assert not (out / "config.json").exists()
     assert apart(commands.run, "unify", out).error is None
     assert contents(out) == expected["unify"]
@@ -165,7 +166,7 @@ def test_others_stop_at_once(
 def one_after_another(commands: Commands, folder: Path) -> None:
     """Calls of one group, after one of them failed on all."""
     commands.unit = CHUNK
-    with pytest.raises(ValueError, match="not finite|NaN|finite"):
+    with pytest.raises(ValueError, match="'c', tensor 'bias'"):
         commands.run("unify", folder / "bad")
     Commands(commands.folder.parent / "good").run("unify", folder / "out")
 
