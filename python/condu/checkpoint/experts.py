@@ -51,7 +51,6 @@ def prepare_extract(
         identity,
         _left_over,
         commit,
-        lambda target: [],
         world,
         options,
         states=[opened_state],
@@ -87,3 +86,6 @@ class _Commit:
         if folder is not None:
             copy_others(folder, target.folder)
         target.commit_folder(self._out)
+
+    def others(self, target: Target) -> list[str]:
+        return []

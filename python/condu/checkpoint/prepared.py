@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -25,6 +25,15 @@ from condu_ext import _C
 Records = Mapping[int, Record]
 
 
+class Commit(Protocol):
+    """What makes the shards of a command count, once all of them are on disk."""
+
+    def __call__(self, target: Target, records: Records) -> None: ...
+
+    def others(self, target: Target) -> Sequence[str]:
+        """Files in the folder that it writes itself."""
+
+
 @dataclass
 class Prepared:
     """A command whose arguments were checked and whose inputs are open; nothing is written yet.
@@ -36,7 +45,6 @@ class Prepared:
         stale: called on the process that leads, once it has claimed the folder: looks whether what
             was checked still holds, and names the files there that another run may have left.
         commit: called there when all shards are on disk: makes them count.
-        others: files in the folder that this command may remove, but did not write as shards.
         states: those that are read; their checksums are compared before anything is written.
         temporary: whether the folder is one that the commit renames.
         other_dtype: of a new state, the other dtype that it could have, and its bytes with it.
@@ -47,8 +55,7 @@ class Prepared:
     folder: Path
     identity: dict[str, Any]
     stale: Callable[[Target], Iterable[str]]
-    commit: Callable[[Target, Records], None]
-    others: Callable[[Target], Sequence[str]]
+    commit: Commit
     world: World
     options: Options
     states: Sequence[StateFiles] = ()
@@ -105,7 +112,7 @@ class Prepared:
                 f"what is finished stays in {self.folder}: the same command goes on from there"
             )
         else:
-            target.abandon([*self._names(target.generation), *self.others(target)])
+            target.abandon([*self._names(target.generation), *self.commit.others(target)])
 
     def _names(self, generation: int) -> Iterator[str]:
         for k in range(len(self.job.shards)):
