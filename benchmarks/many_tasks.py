@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -78,8 +79,8 @@ def measure(model: str, tasks: int, scratch: Path | None, save: Callable[[Record
                 seconds, _ = timed(
                     partial(cx.absorb_, state, task_name(T), new, inputs.pretrained), CPU
                 )
-            copied = copy.moved / copying
-            row["rounds"].append({"seconds": seconds, "copy_bytes_per_second": copied})
+            beside = {"copy_bytes_per_second": copy.moved / copying, "load": os.getloadavg()[0]}
+            row["rounds"].append({"seconds": seconds} | beside)
             row["seconds"] = median(r["seconds"] for r in row["rounds"])
             row |= {"state_bytes": state.nbytes, "extra_peak_bytes": peak.extra}
             save(record)
