@@ -1,12 +1,12 @@
-"""A vision-language model of 7 B parameters and two fine-tunes of it, with random weights: folders
-as `save_pretrained` writes them, for the guide in docs/checkpoints.md.
+"""A vision-language model of 7 B parameters and three fine-tunes of it, with random weights, in
+folders as `save_pretrained` writes them, for the guide in docs/checkpoints.md.
 
     python benchmarks/generated_vlm.py FOLDER
 
 The architecture is LLaVA 1.5's (transformers' LlavaConfig as it stands: a CLIP ViT-L/14, a
 projector, a Llama with 32 layers). Made file by file: no more than one of 2 GB is in memory. In the
 fine-tunes all but the language model's middle layers moved; the files of those are links to the
-base's, so that the three folders take 28 GB of disk. `--layers` makes a smaller language model.
+base's, so that the four folders take 35 GB of disk. `--layers` makes a smaller language model.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+TASKS = ("charts", "receipts", "forms")
 FILE_BYTES = 2_000_000_000
 LEVEL = 0.02  # standard deviation of weights
 STEP = 4e-4  # and of what fine-tuning adds
@@ -96,7 +97,8 @@ def main() -> None:
         },
     }
     base = arguments.folder / "base"
-    for model in (base, arguments.folder / "charts", arguments.folder / "receipts"):
+    tasks = [arguments.folder / name for name in TASKS]
+    for model in (base, *tasks):
         model.mkdir(parents=True)
         config.architectures = ["LlavaForConditionalGeneration"]
         config.save_pretrained(model)
@@ -107,7 +109,7 @@ def main() -> None:
         tensors = {name: values(s, LEVEL, generator).bfloat16() for name, s in group.items()}
         save_file(tensors, base / file, metadata={"format": "pt"})
         del tensors
-        for model in (arguments.folder / "charts", arguments.folder / "receipts"):
+        for model in tasks:
             if is_frozen(group, arguments.layers):
                 os.link(base / file, model / file)
                 continue

@@ -1,8 +1,11 @@
-"""Reading sources whole and in pieces."""
+"""Reading sources whole and in pieces; what a pickle could do when it is read."""
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,3 +30,13 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
     assert (a.dtype, a.shape) == (b.dtype, b.shape)
     view = _BITS[a.dtype.itemsize]
     assert torch.equal(a.contiguous().view(view), b.contiguous().view(view))
+
+
+class Harm:
+    """Makes a folder when its pickle is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.target),)

@@ -93,3 +93,17 @@ def rewritten(folder: Path, kind: str, tensor: str) -> Iterator[dict[str, Tensor
             sign(folder, file)
             return
     raise LookupError(f"no {kind} file holds {tensor!r}")
+
+
+def misfit(folder: Path, kind: str, change: str) -> None:
+    """Put a tensor of another shape or dtype into a file of a kind ("shape", "dtype"), leave it
+    out ("missing"), or add another ("extra")."""
+    with rewritten(folder, kind, "scale") as tensors:
+        if change == "shape":
+            tensors["scale"] = tensors["scale"].new_zeros(2)
+        elif change == "dtype":
+            tensors["scale"] = tensors["scale"].to(torch.float16)
+        elif change == "missing":
+            del tensors["scale"]
+        else:
+            tensors["more"] = torch.ones(1)

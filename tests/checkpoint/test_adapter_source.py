@@ -55,7 +55,10 @@ def test_an_adapter_is_what_it_adds_to_the_weights(tmp_path: Path, kind: str) ->
     model = saved(kind, tmp_path)
     source = open_source(tmp_path / "adapter")
     assert source.is_delta
-    assert source.files == (tmp_path / "adapter" / "adapter_model.safetensors",)
+    assert [file.name for file in source.files] == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     dense = AdapterFolder.read(tmp_path / "adapter").deltas()
     assert source.tensors.keys() == dense.keys()
     live = model.get_base_model().state_dict()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from reading import assert_same_bits, values
+from reading import Harm, assert_same_bits, values
 from safetensors.torch import save_file
 from tiny_models import llama
 from torch import Tensor
@@ -81,7 +81,8 @@ def test_shards_are_put_together(
     tmp_path: Path, state: Any, under: str | None, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ours, "_STAGED_TOGETHER", together)
-    state |= {"module.step": torch.tensor(7), "empty": torch.empty(0, 3), "wide": torch.randn(5, 7)}
+    state = {"flag": torch.tensor([True]), **state, "module.step": torch.tensor(7)}
+    state |= {"empty": torch.empty(0, 3), "wide": torch.randn(5, 7)}
     content = {under: state, "epoch": 3, "optim": {"lr": [torch.ones(2)]}} if under else state
     source = opened(saved(content, tmp_path / "dcp", Shards()), tmp_path)
     assert {file.name for file in source.files} == {".metadata", "__0_0.distcp"}
@@ -161,14 +162,6 @@ def test_pickles_are_refused_unless_allowed(tmp_path: Path, state: Any) -> None:
         open_source(saved(state, tmp_path / "dcp"))
 
 
-class _Harm:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.target),)
-
-
 def change(folder: Path, edit: Any) -> None:
     """Let ``edit`` change the metadata of a folder."""
     metadata: Metadata = FileSystemReader(folder).read_metadata()
@@ -180,7 +173,7 @@ def test_metadata_can_run_nothing(tmp_path: Path, state: Any) -> None:
     folder = saved(state, tmp_path / "dcp")
 
     def harm(metadata: Metadata) -> None:
-        metadata.planner_data = _Harm(tmp_path / "harm")
+        metadata.planner_data = Harm(tmp_path / "harm")
 
     change(folder, harm)
     with pytest.raises(ValueError, match=r"\.metadata: is no metadata \(it asks for \w+\.mkdir\)"):

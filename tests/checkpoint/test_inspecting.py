@@ -75,6 +75,23 @@ def test_numbers_are_those_of_the_masks(
             assert found.agreement[i][k] == int((a & b).sum()) / int((a | b).sum())
 
 
+def test_masks_are_read_by_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all tasks together never more than a thread may hold."""
+    cx.unify({f"task {k}": {"w": torch.randn(50_000)} for k in range(5)}, None).save(tmp_path)
+    files, sizes = inspecting.StateFiles, []
+    real = files.read_bits
+
+    def read_bits(self: Any, *place: Any) -> None:
+        sizes.append(place[-1].numel())
+        real(self, *place)
+
+    monkeypatch.setattr(files, "read_bits", read_bits)
+    monkeypatch.setattr(inspecting, "_CACHED", 3000)
+    inspect(tmp_path)
+    assert sum(sizes) == 5 * 50_000 / 8
+    assert 2000 < 5 * max(sizes) <= 3000
+
+
 def test_the_rest_is_as_config_and_files_have_it(tmp_path: Path) -> None:
     rule = cx.FusionRule("zero", "tensor_mean")
     save(cx.unify({"a": {"w": torch.ones(9)}}, None, rule=rule), tmp_path)

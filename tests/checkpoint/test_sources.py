@@ -124,6 +124,15 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
         open_source(tmp_path / "a")
 
 
+def test_what_would_never_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: is neither a file nor a folder"):
+        open_source(tmp_path / "pipe")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "pipe"}}')
+    with pytest.raises(FileNotFoundError, match="'pipe', but there is no such file"):
+        open_source(tmp_path)
+
+
 def test_a_folder_is_opened_without_pickles_where_there_is_a_choice(tmp_path: Path) -> None:
     llama(tmp_path / "m", seed=0)
     torch.save({"x": torch.ones(1)}, tmp_path / "m" / "pytorch_model.bin")

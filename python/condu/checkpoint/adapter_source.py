@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from condu.adapters.folder import TENSORS, AdapterFolder
+from condu.adapters.folder import CONFIG, TENSORS, AdapterFolder
 from condu.adapters.layers import Product
 from condu.checkpoint.loaded_names import names_when_loaded
-from condu.checkpoint.sources import Listed, Source
+from condu.checkpoint.sources import Source
+from condu.checkpoint.tensor_files import Stored
 
 BLOCK = 1 << 18
 """Elements of a product that are computed together, up to a row more: 1 MiB."""
@@ -38,10 +39,10 @@ class AdapterSource:
     def __init__(self, where: str, folder: Path, base: Source | None = None) -> None:
         adapter = AdapterFolder.read(folder)
         self.where = where
-        self.files: Sequence[Path] = (folder / TENSORS,)
+        self.files: Sequence[Path] = (folder / CONFIG, folder / TENSORS)
         self._products = _named_as_in(base, adapter.products())
-        self.tensors: Mapping[str, Listed] = {
-            name: Listed(name, torch.float32, product.shape)
+        self.tensors: Mapping[str, Stored] = {
+            name: Stored(name, torch.float32, product.shape)
             for name, product in self._products.items()
         }
 

@@ -12,11 +12,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from condu.checkpoint.fusing import StateJob
 from condu.checkpoint.matching import Matched
 from condu.checkpoint.prepared import Records
 from condu.checkpoint.sources import Source, Stored
 from condu.checkpoint.state_files import StateFiles
+from condu.checkpoint.state_job import StateJob
 from condu.checkpoint.target import Target
 from condu.checkpoint.tensor_files import FileReader, as_bytes, new_header
 from condu_ext import _C

@@ -11,7 +11,7 @@ from condu.checkpoint.options import Options
 from condu.checkpoint.prepared import Prepared, Records
 from condu.checkpoint.sources import Source
 from condu.checkpoint.state_files import StateFiles
-from condu.checkpoint.states import PathLike, check_sums, closing, device_of, identity_of, opened
+from condu.checkpoint.states import PathLike, closing, device_of, identity_of, opened
 from condu.checkpoint.target import Target
 from condu.checkpoint.world import World
 
@@ -43,7 +43,6 @@ def prepare_extract(
         step.claims["the command"] = identity = identity_of(
             "extract", [start], [task], options, states=[opened_state], format=format
         )
-        check_sums(world, [opened_state])
     commit = _Commit(job, start, place, format)
     folder = place.resolve().with_name(f".{place.name}.unfinished")
     return Prepared(
@@ -52,9 +51,9 @@ def prepare_extract(
         identity,
         _left_over,
         commit,
-        lambda target: [],
         world,
         options,
+        states=[opened_state],
         temporary=True,
         held=held,
     )
@@ -87,3 +86,6 @@ class _Commit:
         if folder is not None:
             copy_others(folder, target.folder)
         target.commit_folder(self._out)
+
+    def others(self, target: Target) -> list[str]:
+        return []

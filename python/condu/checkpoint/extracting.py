@@ -104,8 +104,7 @@ class ExtractJob:
             assert position is not None
             place = position, segment.start, segment.stop
             self._state.read_delta(*place, expert.u[at : at + segment.numel])
-            bits = slice(at // 8, at // 8 + (segment.numel + 7) // 8)
-            self._state.read_bits(self._task, *place, expert.planes[0][bits])
+            self._state.read_bits(self._task, *place, expert.planes[0][segment.bits(at)])
         return _Part(values, expert, fused)
 
     def fuse(self, unit: Unit, inputs: _Part, room: Room, generation: int) -> Outcome:

@@ -55,7 +55,7 @@ def _summary(found: Inspection) -> Iterator[str]:
         yield "exact ties   not counted"
     else:
         share = found.zero_sums / found.parameters if found.parameters else None
-        yield f"exact ties   {found.zero_sums:,} ({_percent(share)} % of the parameters)"
+        yield f"exact ties   {found.zero_sums:,} ({_percent(share)} % of the parameters) in the last fusion"
 
 
 def _tasks(found: Inspection) -> Table:

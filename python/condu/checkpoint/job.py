@@ -82,8 +82,8 @@ class Costs:
     """Bytes and seconds of a run; the seconds of all workers, added."""
 
     def __init__(self) -> None:
-        self.read = self.written = 0
-        self.seconds = dict.fromkeys(("read", "fuse", "write", "check", "sync"), 0.0)
+        self.read = self.written = self.verified = 0
+        self.seconds = dict.fromkeys(("verify", "read", "fuse", "write", "check", "sync"), 0.0)
         self.elapsed = self.waited = 0.0
         self.workers = 1
         self._lock = threading.Lock()
@@ -116,7 +116,11 @@ class Costs:
                 ("checksums", "check"),
             )
         )
-        return (
+        before = ""
+        if self.verified:
+            seconds = self.seconds["verify"]
+            before = f"compared checksums of {size_text(self.verified)} in {seconds:.2f} s, "
+        return before + (
             f"read {size_text(self.read)}, wrote {size_text(self.written)} in {self.elapsed:.2f} s "
             f"({speed:.2f} GB/s; per worker: {each}), then waited {self.waited:.2f} s for the disk"
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from condu.checkpoint.safetensors_source import check_listed, files_like, read_index
-from condu.checkpoint.sources import Listed
+from condu.checkpoint.tensor_files import Stored
 from condu.live import canonical_name
 
 UNDER = ("state_dict", "model")
@@ -21,7 +21,8 @@ _WEIGHTS = "*pytorch_model*.bin"
 
 
 class PickledSource:
-    """The tensors of pickled files, mapped into memory (a ``condu.checkpoint.sources.Source``).
+    """The tensors of pickled files, mapped into memory (a ``condu.checkpoint.sources.Source``): the
+    files must not be cut off while they are read.
 
     A file holds tensors by name, or has them under "state_dict" or "model". Names lose what
     wrappers add (``module.``, ``_orig_mod.``). Of tied tensors the first name stays, as in
@@ -61,8 +62,8 @@ class PickledSource:
         if index:
             check_listed(index, listed, {name: file for name, (file, _) in held.items()})
         self._values = _untied({name: tensor for name, (_, tensor) in held.items()})
-        self.tensors: Mapping[str, Listed] = {
-            name: Listed(name, tensor.dtype, tuple(tensor.shape))
+        self.tensors: Mapping[str, Stored] = {
+            name: Stored(name, tensor.dtype, tuple(tensor.shape))
             for name, tensor in self._values.items()
         }
 
@@ -147,8 +148,12 @@ def _load(file: Path) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """The first sentence of what torch says, on one line."""
-    return " ".join(str(error).split(". ")[0].split()) or type(error).__name__
+    """The first sentence of what torch says is wrong, on one line."""
+    text = str(error).rpartition("WeightsUnpickler error: ")[2]
+    if text.startswith("Weights only load failed"):  # first it says how to read it all the same
+        text = text.partition("\n\n")[2] or text
+    text = text.strip().split("\n\n")[0].split(". ")[0]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _is_dense(value: object) -> bool:

@@ -75,28 +75,35 @@ def plan(prepared: Prepared) -> Plan:
     workers, elements = workers_and_elements(job, options)
     (room,) = rooms(job, options, 1, elements)
     memory = resident() + (workers - 1) * room.size
-    done, seconds = 0, 0.0
+    done, reading, fusing = 0, 1e-9, 0.0
     for unit in _sample(prepared, elements):
         room.clear()
         begin = time.perf_counter()
-        job.fuse(unit, job.read(unit, room), room, 1)
-        seconds += time.perf_counter() - begin
+        inputs = job.read(unit, room)
+        middle = time.perf_counter()
+        job.fuse(unit, inputs, room, 1)
+        reading, fusing = reading + middle - begin, fusing + time.perf_counter() - middle
         done += unit.elements
-        if seconds > _SAMPLE_SECONDS:
+        if reading + fusing > _SAMPLE_SECONDS:
             break
+    elements_in_all = sum(job.numels)
     cores = min(workers, torch.get_num_threads())
-    fuse_rate = cores * done / max(seconds, 1e-9)
+    fuse_rate = cores * done / (reading + fusing)
+    read_rate = cores * job.reads * done / max(elements_in_all, 1) / reading
+    verified = sum(state.data_bytes for state in prepared.states)
     write_rate = _write_rate(prepared.folder)
     written = sum(f.size for k in range(len(job.shards)) for f in job.files(k, 1))
     return Plan(
-        read=job.reads,
+        read=job.reads + verified,
         written=written,
         memory=memory,
         workers=workers,
         unit=elements,
         fuse_rate=fuse_rate,
         write_rate=write_rate,
-        seconds=sum(job.numels) / max(fuse_rate, 1e-9) + written / write_rate,
+        seconds=elements_in_all / max(fuse_rate, 1e-9)
+        + written / write_rate
+        + verified / max(read_rate, 1e-9),
         other_dtype=prepared.other_dtype,
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -17,11 +17,21 @@ from condu.checkpoint.job import Costs, Job
 from condu.checkpoint.journal import Record
 from condu.checkpoint.options import Options
 from condu.checkpoint.runner import Runner
+from condu.checkpoint.state_files import StateFiles
 from condu.checkpoint.target import Target
 from condu.checkpoint.world import World
 from condu_ext import _C
 
 Records = Mapping[int, Record]
+
+
+class Commit(Protocol):
+    """What makes the shards of a command count, once all of them are on disk."""
+
+    def __call__(self, target: Target, records: Records) -> None: ...
+
+    def others(self, target: Target) -> Sequence[str]:
+        """Files in the folder that it writes itself."""
 
 
 @dataclass
@@ -35,7 +45,7 @@ class Prepared:
         stale: called on the process that leads, once it has claimed the folder: looks whether what
             was checked still holds, and names the files there that another run may have left.
         commit: called there when all shards are on disk: makes them count.
-        others: files in the folder that this command may remove, but did not write as shards.
+        states: those that are read; their checksums are compared before anything is written.
         temporary: whether the folder is one that the commit renames.
         other_dtype: of a new state, the other dtype that it could have, and its bytes with it.
         held: closes the inputs.
@@ -45,10 +55,10 @@ class Prepared:
     folder: Path
     identity: dict[str, Any]
     stale: Callable[[Target], Iterable[str]]
-    commit: Callable[[Target, Records], None]
-    others: Callable[[Target], Sequence[str]]
+    commit: Commit
     world: World
     options: Options
+    states: Sequence[StateFiles] = ()
     temporary: bool = False
     other_dtype: tuple[torch.dtype, int] | None = None
     held: ExitStack = field(default_factory=ExitStack)
@@ -67,6 +77,8 @@ class Prepared:
         try:
             with self.world.watching():
                 try:
+                    with self.world.step(), runner.costs.of("verify"):
+                        self._check_states(runner.costs)
                     with self.world.step() as step:
                         if self.world.leads:
                             target.claim()
@@ -84,6 +96,12 @@ class Prepared:
             target.close()
         return runner.costs
 
+    def _check_states(self, costs: Costs) -> None:
+        """Checksums of all files of the states, each looked at by one process."""
+        for state in self.states:
+            state.check_sums(lambda number: number % self.world.size == self.world.rank)
+            costs.verified += state.data_bytes
+
     def _clean_up(self, target: Target, error: BaseException) -> None:
         """After an error; what is finished stays where the same command may yet succeed."""
         if not target.claimed:
@@ -94,7 +112,7 @@ class Prepared:
                 f"what is finished stays in {self.folder}: the same command goes on from there"
             )
         else:
-            target.abandon([*self._names(target.generation), *self.others(target)])
+            target.abandon([*self._names(target.generation), *self.commit.others(target)])
 
     def _names(self, generation: int) -> Iterator[str]:
         for k in range(len(self.job.shards)):

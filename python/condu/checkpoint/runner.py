@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 
 from condu.checkpoint.job import Costs, Job, Outcome
 from condu.checkpoint.journal import Record
@@ -117,33 +116,23 @@ class Runner:
         failure: Exception | None = None
         units = self._division.units(self._world.rank)
         try:
-            with self._stopping_others():
-                Pipeline(units, self._process, self._passed, self._world.check_others).run(memory)
-                self.costs.elapsed = time.perf_counter() - begin
-                while self._syncs:
-                    self._syncs.popleft().result()
-                self.costs.waited = time.perf_counter() - begin - self.costs.elapsed
+            Pipeline(units, self._process, self._passed, self._world.check_others).run(memory)
+            self.costs.elapsed = time.perf_counter() - begin
+            while self._syncs:
+                self._syncs.popleft().result()
+            self.costs.waited = time.perf_counter() - begin - self.costs.elapsed
         except OtherFailed:
             pass  # says in the step below what is wrong
         except OtherGone:
             raise  # takes no step any more
         except Exception as error:
+            self._world.fail()
             failure = error
         finally:
             self._syncer.shutdown(cancel_futures=True)
         with self._world.step():
             if failure is not None:
                 raise failure
-
-    @contextmanager
-    def _stopping_others(self) -> Iterator[None]:
-        try:
-            yield
-        except OtherFailed:
-            raise
-        except BaseException:
-            self._world.fail()
-            raise
 
     def _process(self, unit: Unit, room: Room) -> Outcome:
         costs = self.costs

@@ -2,51 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 from condu.checkpoint.safetensors_source import SafetensorsSource
+from condu.checkpoint.tensor_files import Stored
 
 _OF_TORCH = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-
-
-class Stored(Protocol):
-    """What is known of a tensor before it is read."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def numel(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A tensor that has no place of its own in a file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 class Source(Protocol):
@@ -113,6 +79,8 @@ def open_source(
         path = download(name, allow_pickle=allow_pickle)
     if path.is_dir():
         return _open_folder(name, path, base, allow_pickle, scratch)
+    if not path.is_file():
+        raise ValueError(f"{path}: is neither a file nor a folder")
     if _is_pickle(path):
         from condu.checkpoint.pickles import PickledSource
 

@@ -13,13 +13,14 @@ import torch
 import xxhash
 
 from condu.checkpoint.committing import Commit, Unchanged, left_over
-from condu.checkpoint.fusing import Absorbing, Merging, StateJob, Unifying
+from condu.checkpoint.fusing import Absorbing, Merging, Unifying
 from condu.checkpoint.inputs import Models
 from condu.checkpoint.matching import describe, find_base, logical, match
 from condu.checkpoint.options import Options
 from condu.checkpoint.prepared import Prepared, seen
 from condu.checkpoint.sources import Source, open_source
 from condu.checkpoint.state_files import StateFiles
+from condu.checkpoint.state_job import StateJob
 from condu.checkpoint.world import World
 from condu_ext.manifest import CONFIG, Manifest, read_manifest
 from condu_ext.rule import FusionRule
@@ -69,7 +70,6 @@ def prepare_unify(
         identity,
         left_over,
         commit,
-        commit.others,
         world,
         options,
         other_dtype=(other, job.bytes_with(other)),
@@ -105,7 +105,6 @@ def prepare_absorb(
         step.claims["the command"] = identity = identity_of(
             "absorb", [start, source], [task], options, states=[old]
         )
-        check_sums(world, [old])
     manifest = old.manifest
     known = manifest.base_fingerprints
 
@@ -120,7 +119,17 @@ def prepare_absorb(
     base_name = manifest.base_name or os.fspath(base)
     commit = Commit(job, known, base_name, {task: found}, [old])
     stale = Unchanged(old) if in_place else left_over
-    return Prepared(job, folder, identity, stale, commit, commit.others, world, options, held=held)
+    return Prepared(
+        job,
+        folder,
+        identity,
+        stale,
+        commit,
+        world,
+        options,
+        states=[old],
+        held=held,
+    )
 
 
 def prepare_merge(a: PathLike, b: PathLike, out: PathLike, *, options: Options) -> Prepared:
@@ -132,13 +141,20 @@ def prepare_merge(a: PathLike, b: PathLike, out: PathLike, *, options: Options) 
         order = _mergeable(*(state.manifest for state in states))
         fusion = Merging(states[0], states[1], order, device_of(options))
         step.claims["the command"] = identity = identity_of("merge", [], [], options, states=states)
-        check_sums(world, states)
     left, right = (state.manifest for state in states)
     job = StateJob(logical(left.spec), fusion, left.rule, left.dtype)
     prints = right.base_fingerprints | left.base_fingerprints
     commit = Commit(job, prints, left.base_name or right.base_name, {}, states)
     return Prepared(
-        job, folder, identity, left_over, commit, commit.others, world, options, held=held
+        job,
+        folder,
+        identity,
+        left_over,
+        commit,
+        world,
+        options,
+        states=states,
+        held=held,
     )
 
 
@@ -188,12 +204,6 @@ def _new_folder(out: PathLike) -> Path:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, not a folder for a state")
     return folder
-
-
-def check_sums(world: World, states: Sequence[StateFiles]) -> None:
-    """Checksums of all files of the states, each looked at by one process."""
-    for state in states:
-        state.check_sums(lambda number: number % world.size == world.rank)
 
 
 def _mergeable(a: Manifest, b: Manifest) -> list[int]:

@@ -47,14 +47,12 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file: its elements in row-major order begin at byte ``offset`` of it."""
+class Stored:
+    """What is known of a tensor before it is read."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    file: Path
-    offset: int
 
     @property
     def numel(self) -> int:
@@ -63,6 +61,14 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor(Stored):
+    """A tensor in a file: its elements in row-major order begin at byte ``offset`` of it."""
+
+    file: Path
+    offset: int
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

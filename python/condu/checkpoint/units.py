@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from condu_ext.layout import ALIGN, CHUNK, chunk_count
+from condu_ext.layout import ALIGN, CHUNK, chunk_count, offsets
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,10 @@ class Segment:
     def numel(self) -> int:
         return self.stop - self.start
 
+    def bits(self, at: int) -> slice:
+        """The bytes of a plane that hold its bits, where it begins at element ``at``."""
+        return slice(at // 8, at // 8 + (self.numel + 7) // 8)
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -39,6 +43,11 @@ class Unit:
     @property
     def numels(self) -> list[int]:
         return [segment.numel for segment in self.segments]
+
+    @property
+    def placed(self) -> list[tuple[Segment, int]]:
+        """The segments, and the element of an arena of them at which each begins."""
+        return list(zip(self.segments, offsets(self.numels)[0], strict=True))
 
     @property
     def elements(self) -> int:

@@ -29,7 +29,7 @@ class OtherFailed(RuntimeError):
 
 
 class OtherGone(RuntimeError):
-    """Another process ended, or hangs: it will take no further step."""
+    """Another process ended, was interrupted, or hangs: it will take no further step."""
 
 
 class Watch:
@@ -54,10 +54,11 @@ class Watch:
         self._stopped.set()
         self._thread.join()
 
-    def fail(self) -> None:
-        """Tell the others that this process failed."""
+    def tell(self, what: str) -> None:
+        """Tell the others that this process ``"failed"``, but takes the next step with them, or
+        that it is ``"gone"``."""
         with suppress(RuntimeError):  # the store is gone: they know
-            self._store.set(f"{self._run}/failed", str(self._rank))
+            self._store.set(f"{self._run}/{what}", str(self._rank))
 
     def check(self) -> None:
         """Raises OtherFailed or OtherGone if that was seen; takes no time."""
@@ -70,9 +71,12 @@ class Watch:
             while self._found is None and not self._stopped.wait(_BEAT * bool(beats)):
                 beats += 1
                 self._store.set(f"{self._run}/{self._rank}", str(beats))
-                if rank := self._said("failed"):
+                if rank := self._said("gone"):
+                    self._found = OtherGone(f"rank {rank.decode()} gave up")
+                elif rank := self._said("failed"):
                     self._found = OtherFailed(f"rank {rank.decode()} failed")
-                self._listen()
+                else:
+                    self._listen()
         except RuntimeError as error:  # the process that holds the store is gone
             self._found = OtherGone(f"the processes lost each other: {error}")
 
@@ -82,7 +86,7 @@ class Watch:
             if (said := self._said(str(rank))) != before:
                 self._heard[rank] = said, now
             elif now - since > _SILENCE:
-                self._found = self._found or OtherGone(f"rank {rank} is gone")
+                self._found = OtherGone(f"rank {rank} is gone")
 
     def _said(self, key: str) -> bytes:
         key = f"{self._run}/{key}"

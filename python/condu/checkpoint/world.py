@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from condu.checkpoint.watch import Watch
+from condu.checkpoint.watch import OtherGone, Watch
 from condu_ext.collective import Step
 
 if TYPE_CHECKING:
@@ -75,16 +75,18 @@ class World:
         self._watch.start()
         try:
             yield
-        except BaseException:
-            self.fail()
+        except BaseException as error:
+            if isinstance(error, OtherGone) or not isinstance(error, Exception):
+                self._watch.tell("gone")
             raise
         finally:
             self._watch.stop()
 
     def fail(self) -> None:
-        """Tell the others to stop; called where something went wrong."""
+        """Tell the others to stop, and to take the next step: called before it by a process where
+        something went wrong."""
         if self._watch is not None:
-            self._watch.fail()
+            self._watch.tell("failed")
 
     def check_others(self) -> None:
         """Raises OtherFailed or OtherGone if another process failed, or is not there any more."""

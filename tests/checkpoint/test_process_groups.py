@@ -1,0 +1,206 @@
+"""Several processes: the same bytes as one, and an error on all when one of them fails or dies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from apart import Ended, apart, together
+from faults import Noted, always, full, interrupted, killed, slow, stopped
+from runs import TASKS, Commands, contents, leftovers, make_models
+from test_failing_runs import change
+
+from condu_ext import UnifiedDelta
+from condu_ext.layout import CHUNK
+
+COMMANDS = ["unify", "absorb", "merge", "extract"]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
+    folder = tmp_path_factory.mktemp("groups")
+    make_models(folder)
+    commands = Commands(folder)
+    for name, out in (("unify_two", "two"), ("unify_third", "third")):
+        assert apart(commands.run, name, folder / out).error is None
+    return commands
+
+
+@pytest.fixture(scope="module")
+def expected(commands: Commands) -> dict[str, dict[str, bytes]]:
+    """What one process writes."""
+    found = {}
+    for name in COMMANDS:
+        out = commands.folder / "expected"
+        commands.before(name, out)
+        assert apart(commands.run, name, out).error is None
+        found[name] = contents(out)
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_same_bytes(
+    commands: Commands, expected: Any, tmp_path: Path, name: str, world: int
+) -> None:
+    out = tmp_path / "out"
+    commands.before(name, out)
+    ends = together(world, commands.run, name, out)
+    assert [end.error for end in ends] == [None] * world
+    assert contents(out) == expected[name]
+    if name != "extract":  # all had a part
+        assert all(end.value["written"] for end in ends)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_several_processes_in_one_shard(commands: Commands, expected: Any, tmp_path: Path) -> None:
+    ends = together(4, commands.run, "unify", tmp_path / "out")
+    sharing = [
+        end for end in ends if "unified-1-00002-of-00004.safetensors" in end.value["written"]
+    ]
+    assert len(sharing) >= 3
+    assert contents(tmp_path / "out") == expected["unify"]
+
+
+def test_more_processes_than_units(commands: Commands, expected: Any, tmp_path: Path) -> None:
+    large = Commands(commands.folder, unit=64 * CHUNK)  # a unit a shard
+    ends = together(4, large.run, "merge", tmp_path / "out")
+    assert [end.error for end in ends] == [None] * 4
+    assert not all(end.value["written"].keys() for end in ends)
+    assert contents(tmp_path / "out") == expected["merge"]
+
+
+def within(seconds: float, *call: Any) -> list[Ended]:
+    begin = time.monotonic()
+    ends = together(*call)
+    assert time.monotonic() - begin < seconds
+    return ends
+
+
+@pytest.mark.parametrize("tensor", ["first", "bias"])  # of the first process, and of the last
+@pytest.mark.parametrize("name", ["unify", "absorb"])
+def test_bad_input_of_one(commands: Commands, tmp_path: Path, name: str, tensor: str) -> None:
+    folder, out = tmp_path / "models", tmp_path / "out"
+    shutil.copytree(commands.folder, folder)
+    mine = Commands(folder)
+    change(folder / "c", tensor, 0, torch.nan)
+    mine.before(name, out)
+    before = leftovers(tmp_path)
+    for end in within(20, 3, mine.run, name, out):
+        assert type(end.error) is ValueError
+        assert f"'c', tensor {tensor!r}" in str(end.error)
+    assert leftovers(tmp_path) == before
+
+
+def on_rank(rank: int, commands: Commands, name: str, out: Path, disk: tuple[Any, ...]) -> Any:
+    """A command whose disk fails on one of the processes; gone ones are missed after 2 s."""
+    own = disk if torch.distributed.get_rank() == rank else ()
+    return commands.run(name, out, own, 2.0)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_full_disk_of_one(commands: Commands, expected: Any, tmp_path: Path, rank: int) -> None:
+    out = tmp_path / "out"
+    commands.before("absorb", out)
+    disk = (4, full, ("pwrite",))
+    for end in within(20, 3, on_rank, rank, commands, "absorb", out, disk):
+        assert isinstance(end.error, OSError)
+        assert "No space left" in str(end.error)
+        assert str(out) in str(end.error)
+    assert UnifiedDelta.load(out).tasks == TASKS[:2]
+    assert together(2, commands.run, "absorb", out)[0].error is None
+    assert contents(out) == expected["absorb"]
+
+
+@pytest.mark.parametrize("at", [3, 9, Noted])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_killed_one(commands: Commands, expected: Any, tmp_path: Path, rank: int, at: Any) -> None:
+    out = tmp_path / "out"
+    commands.before("absorb", out)
+    number = Noted(out) if at is Noted else at
+    ends = within(25, 3, on_rank, rank, commands, "absorb", out, (number,))
+    assert ends.pop(rank).status == -signal.SIGKILL
+    for end in ends:
+        assert isinstance(end.error, RuntimeError)
+    assert UnifiedDelta.load(out).tasks == TASKS[:2]
+    ends = together(2, commands.run, "absorb", out)
+    assert [end.error for end in ends] == [None] * 2
+    assert contents(out) == expected["absorb"]
+
+
+def one_of_slow_ones(commands: Commands, out: Path, happens: Any) -> Any:
+    """Something happens on rank 1, while the others would be busy for a quarter of a minute."""
+    disk = (always, slow, ("preadv",))
+    if torch.distributed.get_rank() == 1:
+        disk = (12, happens, ("preadv",))
+    return commands.run("unify", out, disk, 2.0)
+
+
+@pytest.mark.parametrize("happens", [full, interrupted, killed, stopped])
+def test_others_stop_at_once(
+    commands: Commands, expected: Any, tmp_path: Path, happens: Any
+) -> None:
+    out = tmp_path / "out"
+    patient = Commands(commands.folder, workers=1)
+    begin = time.monotonic()
+    ends = together(3, one_of_slow_ones, patient, out, happens, timeout=8)
+    assert time.monotonic() - begin < 8
+    for end in (ends[0], ends[2]):
+        assert isinstance(end.error, OSError if happens is full else RuntimeError)
+        said = {full: "No space left", interrupted: "gave up", killed: "gone", stopped: "gone"}
+        assert any(word in str(end.error) for word in (said[happens], "gave up"))
+    assert not (out / "config.json").exists()
+    assert apart(commands.run, "unify", out).error is None
+    assert contents(out) == expected["unify"]
+
+
+def one_after_another(commands: Commands, folder: Path) -> None:
+    """Calls of one group, after one of them failed on all."""
+    commands.unit = CHUNK
+    with pytest.raises(ValueError, match="'c', tensor 'bias'"):
+        commands.run("unify", folder / "bad")
+    Commands(commands.folder.parent / "good").run("unify", folder / "out")
+
+
+def test_group_serves_again_after_a_failure(
+    commands: Commands, expected: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "good").symlink_to(commands.folder)
+    shutil.copytree(commands.folder, tmp_path / "bad")
+    change(tmp_path / "bad" / "c", "bias", 3, torch.inf)
+    ends = together(2, one_after_another, Commands(tmp_path / "bad"), tmp_path)
+    assert [end.error for end in ends] == [None] * 2
+    found = contents(tmp_path / "out")
+    assert found.keys() == expected["unify"].keys()
+
+
+def test_torchrun(commands: Commands, tmp_path: Path) -> None:
+    """The command line under torchrun, as one process makes it."""
+    arguments = ["unify", str(commands.folder / "base"), "-o"]
+    tasks = [text for t in TASKS for text in ("--task", f"{t}={commands.folder / t}")]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    run += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    program = ["-m", "condu.checkpoint"]
+    for start, out in ((run, "two"), ([sys.executable], "one")):
+        subprocess.run(
+            [*start, *program, *arguments, str(tmp_path / out), *tasks, "--quiet"],
+            check=True,
+            timeout=120,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
