@@ -141,11 +141,11 @@ def _finish(axes: Axes, title: str, y: str) -> None:
     axes.set_title(title, fontweight="bold", fontsize=11)
     axes.set_xlabel("old tasks")
     axes.set_ylabel(y)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])  # room for the legend
     axes.grid(axis="y", color="#dddddd")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
 
 
 def with_slopes(record: Record) -> Record:
