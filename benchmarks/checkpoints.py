@@ -110,7 +110,7 @@ def copied(inputs: list[Path], target: Path) -> float:
 
 @dataclass(frozen=True)
 class Command:
-    """One command of condu: its arguments without the target, the folders that it reads, and what
+    """One command of condu: its arguments without the target, the files that it reads, and what
     its result must equal."""
 
     name: str
@@ -145,12 +145,14 @@ def commands(folder: Path) -> Iterator[Command]:
         if not (state / "config.json").exists():
             run("unify", str(base), *tasks, "--out", str(state))
     start = ["--base", str(base), "--task"]
-    reads = [base, *finetuned.values()]
+    reads = files_of(base, *finetuned.values())
     yield Command("unify", ["unify", str(base), *given], reads, same_state(unified))
+    reads = files_of(small, base, finetuned["d"])
     arguments = ["absorb", str(small), *start, f"d={finetuned['d']}"]
-    yield Command("absorb", arguments, [small, base, finetuned["d"]], same_state(absorbed))
-    arguments = ["extract", str(large), *start, "b"]
-    yield Command("extract", arguments, [large, base], expert)
+    yield Command("absorb", arguments, reads, same_state(absorbed))
+    others = [f"triggers-1-{number}-" for number, task in enumerate(TASKS) if task != "b"]
+    reads = [f for f in files_of(large, base) if not f.name.startswith(tuple(others))]
+    yield Command("extract", ["extract", str(large), *start, "b"], reads, expert)
 
 
 def check_tensors(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -178,8 +180,12 @@ def settle(target: Path) -> None:
 
 
 def measure(command: Command, target: Path, rounds: int, processes: int) -> dict[str, Any]:
-    """One command in several rounds; sizes in bytes, times in seconds."""
-    inputs = files_of(*command.reads)
+    """One command in several rounds; sizes in bytes, times in seconds.
+
+    Shares are rates of bytes read and written, of the whole command apart from its fsync, and of
+    its ``streaming`` alone (reading, fusing and writing, without the start of the interpreter).
+    """
+    inputs = command.reads
     settle(target)
     command.run(target, processes)
     command.check(target)
@@ -193,17 +199,16 @@ def measure(command: Command, target: Path, rounds: int, processes: int) -> dict
         settle(target)
         took = command.run(target, processes)
         settle(target)
-        speed = (read + written) / took.apart_from_fsync
+        times = {"whole": took.apart_from_fsync, "streaming": took.summary["elapsed"]}
+        cp_rate = 2 * read / copy
         found.append(
             {
+                "load": os.getloadavg()[0],
                 "command": asdict(took) | {"apart_from_fsync": took.apart_from_fsync},
                 "plain": {"read": reading, "write": writing},
                 "cp": copy,
-                "share_of_plain": (reading + writing) / took.apart_from_fsync,
-                "share_of_cp": speed / (2 * read / copy),
-                "share_of_cp_streaming": (read + written)
-                / took.summary["elapsed"]
-                / (2 * read / copy),
+                "share_of_plain": {k: (reading + writing) / t for k, t in times.items()},
+                "share_of_cp": {k: (read + written) / t / cp_rate for k, t in times.items()},
             }
         )
         print(command.name, json.dumps(found[-1]), flush=True)

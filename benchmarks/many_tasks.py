@@ -3,23 +3,25 @@
     python benchmarks/many_tasks.py --out benchmarks/results/DATE-many-tasks [--scratch FOLDER]
 
 Absorbs one fine-tune of ViT-B/16 after another (149.6 M parameters, float32, random values) with
-``condu_ext.absorb_`` as it is called by default, and times every call beside a copy of memory. With
-``--scratch`` (8 GB, removed in the end) also ``condu absorb`` from disk to disk, at a few numbers
-of tasks, as whole commands with a warm page cache. Leaves ``many-tasks.json`` and
-``many-tasks.png``.
+``condu_ext.absorb_`` as it is called by default, and times every call beside a copy of memory; all
+of it three times, of which medians are plotted. With ``--scratch`` (8 GB, removed in the end) also
+``condu absorb`` from disk to disk, at a few numbers of tasks, as whole commands with a warm page
+cache. Leaves ``many-tasks.json`` and ``many-tasks.png``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import date
+from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -34,6 +36,7 @@ import condu_ext as cx
 from condu.bench.cases import PRECISIONS
 from condu.bench.ceiling import Copy
 from condu.bench.inputs import Inputs, task_name
+from condu.bench.measure import timed
 from condu.bench.memory import peak_memory
 from condu.bench.record import Record, commit, machine
 from condu.bench.shapes import MODELS, parameters
@@ -46,49 +49,41 @@ ROUNDS = 3
 MEMORY, DISK, STREAM = "#0072B2", "#D55E00", "#E69F00"
 
 
-def measure(model: str, tasks: int, scratch: Path | None, save: Any) -> None:
-    """Grow a state task by task; ``save`` is called with the record whenever something is known."""
+def measure(model: str, tasks: int, scratch: Path | None, save: Callable[[Record], None]) -> None:
+    """Grow a state task by task, several times; ``save`` is called with the record whenever there
+    is more in it."""
     inputs, copy = Inputs(MODELS[model](), PRECISIONS["fp32"], CPU), Copy(CPU)
-    state = cx.UnifiedDelta.empty(inputs.pretrained)
-    size = parameters(inputs.shapes)
+    copy()
     record: Record = {
         "date": date.today().isoformat(),
         "commit": commit(),
         "machine": machine(CPU),
         "model": model,
-        "parameters": size,
-        "in_memory": [],
+        "parameters": parameters(inputs.shapes),
+        "in_memory": [{"old_tasks": T, "rounds": []} for T in range(tasks)],
         "on_disk": [],
     }
     if scratch:
         save_file(inputs.pretrained, scratch / "base.safetensors")
-    for T in range(tasks):
-        new = inputs.newcomer(T)
-        if scratch and T in ON_DISK:
-            save_file(new, scratch / "new.safetensors")
-            state.save(scratch / "state")
-            record["on_disk"].append(from_disk_to_disk(scratch, T))
-            print(record["on_disk"][-1], flush=True)
-            shutil.rmtree(scratch / "state")
-        copy()
-        begin = time.perf_counter()
-        copy()
-        middle = time.perf_counter()
-        with peak_memory(CPU) as peak:
-            started = time.perf_counter()
-            cx.absorb_(state, task_name(T), new, inputs.pretrained)
-            seconds = time.perf_counter() - started
-        record["in_memory"].append(
-            {
-                "old_tasks": T,
-                "seconds": seconds,
-                "copy_bytes_per_second": copy.moved / (middle - begin),
-                "state_bytes": state.nbytes,
-                "extra_peak_bytes": peak.extra,
-            }
-        )
-        print(record["in_memory"][-1], flush=True)
-        save(record)
+    for sequence in range(ROUNDS):
+        state = cx.UnifiedDelta.empty(inputs.pretrained)
+        for T, row in enumerate(record["in_memory"]):
+            new = inputs.newcomer(T)
+            if scratch and not sequence and T in ON_DISK:
+                save_file(new, scratch / "new.safetensors")
+                state.save(scratch / "state")
+                record["on_disk"].append(from_disk_to_disk(scratch, T))
+                shutil.rmtree(scratch / "state")
+            copying, _ = timed(copy, CPU)
+            with peak_memory(CPU) as peak:
+                seconds, _ = timed(
+                    partial(cx.absorb_, state, task_name(T), new, inputs.pretrained), CPU
+                )
+            beside = {"copy_bytes_per_second": copy.moved / copying, "load": os.getloadavg()[0]}
+            row["rounds"].append({"seconds": seconds} | beside)
+            row["seconds"] = median(r["seconds"] for r in row["rounds"])
+            row |= {"state_bytes": state.nbytes, "extra_peak_bytes": peak.extra}
+            save(record)
 
 
 def from_disk_to_disk(scratch: Path, old_tasks: int) -> dict[str, Any]:
@@ -146,16 +141,16 @@ def _finish(axes: Axes, title: str, y: str) -> None:
     axes.set_title(title, fontweight="bold", fontsize=11)
     axes.set_xlabel("old tasks")
     axes.set_ylabel(y)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])  # room for the legend
     axes.grid(axis="y", color="#dddddd")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
 
 
 def with_slopes(record: Record) -> Record:
     """Adds straight lines through the points in memory: what one more task costs."""
-    rows = record["in_memory"]
+    rows = [row for row in record["in_memory"] if row["rounds"]]
     if len(rows) > 1:
         T = np.array([row["old_tasks"] for row in rows])
         size = np.polyfit(T, [row["state_bytes"] for row in rows], 1)[0]

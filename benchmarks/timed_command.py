@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SUMMARY = re.compile(
-    r"read (?P<read>[\d.]+) GB, wrote (?P<wrote>[\d.]+) GB in (?P<elapsed>[\d.]+) s .*"
+    r"in (?P<elapsed>[\d.]+) s \(.*"
     r"per worker: reading (?P<reading>[\d.]+) s, fusing (?P<fusing>[\d.]+) s, "
     r"writing (?P<writing>[\d.]+) s, checksums (?P<checksums>[\d.]+) s\), "
     r"then waited (?P<waited>[\d.]+) s for the disk"
@@ -28,7 +28,7 @@ class Finished:
     Attributes:
         seconds: wall-clock time of the process.
         peak_bytes: its largest resident set; None for several processes.
-        summary: the numbers of its last line: ``read`` and ``wrote`` in GB, otherwise seconds.
+        summary: the seconds of its last line, by what it did in them.
     """
 
     seconds: float
