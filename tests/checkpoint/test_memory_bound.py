@@ -15,12 +15,13 @@ from apart import apart
 from idle_job import LLAMA_70B, IdleJob
 
 from condu import checkpoint
-from condu.checkpoint import Options
+from condu.checkpoint import Options, memory
 from condu.checkpoint.memory import resident
 from condu.checkpoint.runner import Runner
 from condu.checkpoint.target import Target
 from condu.checkpoint.tensor_files import new_header
 from condu.checkpoint.world import World
+from condu_ext.layout import CHUNK
 
 MIB = 1 << 20
 SHAPES = {"large": (24 * MIB,), "matrix": (4096, 2048), "bias": (100,)}
@@ -57,7 +58,8 @@ def peak(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple
 
 
 def command(name: str, folder: Path, limit: int, workers: int) -> tuple[int, int]:
-    """:func:`peak` of a command with so much memory."""
+    """:func:`peak` of a command with so much memory; units are as large as that lets them be."""
+    memory._BEST = 1024 * CHUNK
     files = {task: folder / f"{task}.safetensors" for task in TASKS}
     base, state = folder / "base.safetensors", folder / "state"
     options = Options(max_memory=limit, workers=workers)
@@ -71,7 +73,7 @@ def command(name: str, folder: Path, limit: int, workers: int) -> tuple[int, int
 
 
 def test_least_memory(tmp_path: Path) -> None:
-    """With the least that a command says it needs it stays within, though the models are larger than
+    """With the least that a command says it needs it stays within, though models are larger than
     all that is left beside the interpreter."""
     for name in ("base", *TASKS):
         sparse(tmp_path / f"{name}.safetensors")
