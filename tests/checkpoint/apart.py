@@ -82,7 +82,10 @@ def _runs(process: BaseProcess) -> bool:
     """Whether it neither ended nor was stopped."""
     if not process.is_alive():
         return False
-    state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    try:
+        state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # it ended just now
+        return False
     return state != "T"
 
 

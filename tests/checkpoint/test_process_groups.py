@@ -16,10 +16,10 @@ import pytest
 import torch
 from apart import Ended, apart, together
 from faults import Noted, always, full, interrupted, killed, slow, stopped
-from runs import TASKS, Commands, contents, leftovers, make_models
+from runs import TASKS, Commands, contents, leftovers, make_models, values
 from test_failing_runs import change
 
-from condu_ext import UnifiedDelta
+import condu_ext as cx
 from condu_ext.layout import CHUNK
 
 COMMANDS = ["unify", "absorb", "merge", "extract"]
@@ -44,6 +44,11 @@ def expected(commands: Commands) -> dict[str, dict[str, bytes]]:
         commands.before(name, out)
         assert apart(commands.run, name, out).error is None
         found[name] = contents(out)
+        if name == "unify":  # a reference of its own
+            base, *models = map(values, range(1 + len(TASKS)))
+            whole = cx.unify(dict(zip(TASKS, models, strict=True)), base)
+            state = cx.UnifiedDelta.load(out)
+            assert [state.rescaler(t) for t in TASKS] == [whole.rescaler(t) for t in TASKS]
     return found
 
 
@@ -116,7 +121,7 @@ def test_full_disk_of_one(commands: Commands, expected: Any, tmp_path: Path, ran
         assert isinstance(end.error, OSError)
         assert "No space left" in str(end.error)
         assert str(out) in str(end.error)
-    assert UnifiedDelta.load(out).tasks == TASKS[:2]
+    assert cx.UnifiedDelta.load(out).tasks == TASKS[:2]
     assert together(2, commands.run, "absorb", out)[0].error is None
     assert contents(out) == expected["absorb"]
 
@@ -131,7 +136,7 @@ def test_killed_one(commands: Commands, expected: Any, tmp_path: Path, rank: int
     assert ends.pop(rank).status == -signal.SIGKILL
     for end in ends:
         assert isinstance(end.error, RuntimeError)
-    assert UnifiedDelta.load(out).tasks == TASKS[:2]
+    assert cx.UnifiedDelta.load(out).tasks == TASKS[:2]
     ends = together(2, commands.run, "absorb", out)
     assert [end.error for end in ends] == [None] * 2
     assert contents(out) == expected["absorb"]

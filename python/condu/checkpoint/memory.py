@@ -18,6 +18,9 @@ _SLACK = 4096
 _RESERVE = 48 << 20
 """Bytes for everything that does not grow with the room: lists of tensors, journal, config."""
 
+_MARGIN = 8 << 20
+"""Bytes by which another run of the same command may begin with more."""
+
 
 def workers_and_elements(job: Job, options: Options) -> tuple[int, int]:
     """How many workers fit into ``options.max_memory``, and how many elements each can take.
@@ -31,7 +34,7 @@ def workers_and_elements(job: Job, options: Options) -> tuple[int, int]:
     if left < smallest:
         raise ValueError(
             f"max_memory: {options.max_memory >> 20} MiB are too few; this needs "
-            f"{(taken + smallest >> 20) + 1} MiB"
+            f"{taken + smallest + _MARGIN >> 20} MiB"
         )
     workers = min(options.workers, left // smallest)
     elements = int((left / workers - _SLACK) / job.element_bytes) // CHUNK * CHUNK

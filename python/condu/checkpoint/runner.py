@@ -159,8 +159,9 @@ class Runner:
             tally.add(unit, outcome)
         if tally.whole and tally.complete:
             del self._tallies[k]
-            self._syncs.append(self._syncer.submit(self._finish, k, tally))
-            while len(self._syncs) * len(tally.files) > _UNSYNCED:
+            record = tally.record()  # now, for it is small beside all that it comes from
+            self._syncs.append(self._syncer.submit(self._finish, k, record))
+            while len(self._syncs) * len(record.files) > _UNSYNCED:
                 self._syncs.popleft().result()
 
     def _new_tally(self, k: int) -> Tally:
@@ -169,11 +170,11 @@ class Runner:
 
     # ---- shards --------------------------------------------------------------------------------
 
-    def _finish(self, k: int, tally: Tally) -> None:
+    def _finish(self, k: int, record: Record) -> None:
         """A shard that this process did alone is complete."""
         with self.costs.of("sync"):
-            self._target.settle(file.name for file in tally.files)
-        self._note(k, tally.record())
+            self._target.settle(record.files)
+        self._note(k, record)
 
     def _finish_shared(self) -> None:
         """Complete the shards of which several processes did a part."""
