@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +15,13 @@ import pytest
 import tiny_models
 import torch
 from range_models import data_bytes, load, save
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import condu_ext as cx
 from condu.checkpoint import memory
+from condu.checkpoint.bar import progress_bar
 from condu.cli import app
 
 
@@ -219,3 +223,38 @@ def test_debug_shows_where_it_happened() -> None:
     result = condu(*UNIFY[:-1], "base", "--debug")
     assert result.exit_code != 0
     assert result.exception is not None
+
+
+def test_a_distributed_checkpoint_goes_out_and_in() -> None:
+    done(*UNIFY)
+    extract = ("extract", "state", "--base", "base", "--task", "a", "-o")
+    done(*extract, "plain")
+    done(*extract, "distributed", "--format", "dcp")
+    assert (Path("distributed") / ".metadata").is_file()
+    assert not list(Path("distributed").glob("*.safetensors*"))
+    assert (Path("distributed") / "tokenizer.json").is_file()
+    assert "--allow-pickle" in refused("unify", "distributed", "--task", "x=ft1", "-o", "other")
+    done("unify", "distributed", "--task", "x=ft1", "-o", "other", "--allow-pickle")
+    done("unify", "plain", "--task", "x=ft1", "-o", "same")
+    found, expected = cx.UnifiedDelta.load("other"), cx.UnifiedDelta.load("same")
+    assert found.base_fingerprints == expected.base_fingerprints
+    assert all(torch.equal(found.delta[name], d) for name, d in expected.delta.items())
+    assert not list(Path().glob("condu-*"))
+
+
+def test_the_bar_is_for_terminals(capfd: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("state", shown=True) as progress:
+        progress(10, 100)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_bar_shows_speed_and_time_left() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100)
+    with progress_bar("state", shown=True, console=console) as progress:
+        progress(0, 4_000_000)
+        for _ in range(3):
+            progress(1_000_000, 0)
+            time.sleep(0.15)
+    shown = re.sub("\x1b[^a-zA-Z]*[a-zA-Z]", "", stream.getvalue())
+    assert re.search(r"state .* 3\.0/4\.0 MB \d+\.\d MB/s left \d:\d\d:\d\d", shown)

@@ -19,10 +19,12 @@ from rich.progress import (
 
 
 @contextmanager
-def progress_bar(label: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal's error stream, removed when the block ends; what it yields is
-    :attr:`Options.progress`. Nothing is shown elsewhere."""
-    console = Console(file=sys.stderr)
+def progress_bar(
+    label: str, *, shown: bool, console: Console | None = None
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a console, by default the terminal's error stream, removed when the block ends; what
+    it yields is :attr:`Options.progress`. Nothing is shown where there is no terminal."""
+    console = console or Console(file=sys.stderr)
     if not (shown and console.is_terminal):
         yield lambda done, total: None
         return
