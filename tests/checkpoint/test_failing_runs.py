@@ -184,7 +184,7 @@ def test_full_disk(
 ) -> None:
     out, whole = tmp_path / "out", wholes(name)
     calls = whole.calls[call]
-    numbers = {0, calls - 2, calls - 1, *random.Random(name + call).sample(range(calls), 2)}
+    numbers = {0, calls - 2, calls - 1, random.Random(name + call).randrange(calls)}
     for number in sorted(numbers):
         commands.before(name, out)
         failed = apart(commands.run, name, out, (number, full, (call,)))
@@ -250,7 +250,7 @@ def test_failure_around_the_commit(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
     out, whole = tmp_path / "out", wholes(name)
-    for number in range(1, 9):
+    for number in range(1, 8):
         commands.before(name, out)
         apart(commands.run, name, out, (whole.calls["all"] - number, full))
         assert (tmp_path / "other" / "file").read_text() == "mine"
