@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from condu_ext import UnifiedDelta
 
-KILLS = 12  # of each command
+KILLS = 8  # of each command, and eight more towards its end
 
 
 @pytest.fixture(scope="module")
