@@ -15,9 +15,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from condu.evaluation import Protocol
+from condu.tasks.mtil import ORDERS
 from condu.voting import SemanticVoting
 from condu_ext import FusionRule
 
@@ -33,12 +42,43 @@ class _Section(BaseModel):
 
 
 class BenchmarkConfig(_Section):
-    """Which tasks, in which order. `tasks` keeps only the first n of the order."""
+    """Which tasks, in which order. `tasks` keeps only the first n of the order.
+
+    For `mtil`, whose images are on disk: their folder `root`, whether what is missing there is to
+    be downloaded, how many training images (`shots`) of each class, drawn with `seed`, and how many
+    processes decode. The number of these `workers` changes the random crops. `order` may be I or II
+    and is then that list of names.
+    """
 
     name: str = "mini"
     seed: int = Field(default=0, ge=0)
     order: tuple[str, ...] | None = None
     tasks: int | None = Field(default=None, ge=1)
+    root: str | None = None
+    shots: Literal[5, 16] | None = None
+    download: bool = False
+    workers: int = Field(default=4, ge=0)
+
+    @field_validator("order", mode="before")
+    @classmethod
+    def _named_order(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, str):
+            return value
+        if info.data.get("name") != "mtil" or value not in ORDERS:
+            raise ValueError(f"must be a list of task names, or for mtil I or II, got {value!r}")
+        return ORDERS[value]
+
+    @model_validator(mode="after")
+    def _where_images_are(self) -> BenchmarkConfig:
+        if self.name == "mtil":
+            if self.root is None:
+                raise ValueError("'mtil' needs root, the folder of its data sets")
+            return self
+        for key in ("root", "shots", "download", "workers"):
+            given = getattr(self, key)
+            if given != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for 'mtil' only, got {given!r} for {self.name!r}")
+        return self
 
 
 class ModelConfig(_Section):

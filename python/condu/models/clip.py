@@ -64,7 +64,7 @@ class ClipModel:
         return loss
 
     def evaluator(self, benchmark: Benchmark, *, batch_size: int) -> Evaluator:
-        return Evaluator(self, benchmark, batch_size=batch_size)
+        return Evaluator(self, benchmark, batch_size=batch_size, num_workers=benchmark.workers)
 
     def with_model(self, model: nn.Module) -> ClipModel:
         return replace(self, model=model)
