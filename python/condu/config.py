@@ -44,10 +44,10 @@ class _Section(BaseModel):
 class BenchmarkConfig(_Section):
     """Which tasks, in which order. `tasks` keeps only the first n of the order.
 
-    For `mtil`, whose images are on disk: their folder `root`, whether what is missing there is to
-    be downloaded, how many training images (`shots`) of each class, drawn with `seed`, and how many
-    processes decode. The number of these `workers` changes the random crops. `order` may be I or II
-    and is then that list of names.
+    For `mtil`, whose images are on disk: `root`, the folder of its data sets; `download`, whether
+    to fetch what is missing there; `shots`, training images of each class (None: all), drawn with
+    `seed`; `workers`, processes that decode (None: 4), whose number changes the random crops. Its
+    `order` may be I or II too, and is then read as that list.
     """
 
     name: str = "mini"
@@ -57,7 +57,7 @@ class BenchmarkConfig(_Section):
     root: str | None = None
     shots: Literal[5, 16] | None = None
     download: bool = False
-    workers: int = Field(default=4, ge=0)
+    workers: int | None = Field(default=None, ge=0)
 
     @field_validator("order", mode="before")
     @classmethod

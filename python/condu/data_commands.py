@@ -50,14 +50,14 @@ def check_data(
             datasets = [asdict(finding) for finding in findings]
             print(json.dumps({**facts, "datasets": datasets}, indent=1))
         else:
-            _print(benchmark, folder, findings)
+            _print(benchmark, findings)
         if not complete:
             raise typer.Exit(1)
 
 
-def _print(benchmark: str, root: Path, findings: list[Finding]) -> None:
+def _print(benchmark: str, findings: list[Finding]) -> None:
     console = Console()
-    console.print(_table(f"{benchmark} in {root}", findings))
+    console.print(_table(benchmark, findings))
     for line in _advice(findings):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

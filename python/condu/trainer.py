@@ -229,7 +229,7 @@ def _mtil(wanted: BenchmarkConfig, names: Sequence[str]) -> Benchmark:
         shots=wanted.shots,
         seed=wanted.seed,
         download=wanted.download,
-        workers=wanted.workers,
+        workers=4 if wanted.workers is None else wanted.workers,
     )
 
 

@@ -55,7 +55,8 @@ def aircraft(root: Path) -> None:
 
 def caltech101(root: Path) -> None:
     folder = root / "caltech101" / "101_ObjectCategories"
-    for label, name in enumerate(("BACKGROUND_Google", "Faces", "ceiling_fan", "yin_yang")):
+    names = {"BACKGROUND_Google": 0, "Faces": 0, "ceiling_fan": 1, "yin_yang": 2}
+    for name, label in names.items():
         for number in range(1, 2 * PER_CLASS + 1):
             mode = "L" if number == 1 else "RGB"  # some of the real ones are grey
             picture(folder / name / f"image_{number:04d}.jpg", label, number, mode)

@@ -12,7 +12,6 @@ import numpy as np
 
 from condu.tasks.mtil.readers import (
     DataError,
-    Images,
     Opened,
     instructions,
     missing,
@@ -70,21 +69,19 @@ def _problems(expected: Sizes, found: Sizes, opened: Opened) -> Iterator[str]:
     if found != expected:
         yield f"found {found}; there should be {expected}"
     for split, images in (("training", opened.train), ("test", opened.test)):
-        yield from _unknown_labels(split, images, opened.own_names)
+        empty = np.setdiff1d(np.arange(found.classes), images.labels)
+        if len(empty):
+            first = opened.own_names[empty[0]]
+            yield (
+                f"{len(empty)} of {found.classes} classes have no {split} images, "
+                f"the first is {first!r}"
+            )
         bad = [path for path in images.files if not _holds_something(path)]
         if bad:
-            yield f"{len(bad)} {split} images are missing or empty, the first is {bad[0]}"
-
-
-def _unknown_labels(split: str, images: Images, names: tuple[str, ...]) -> Iterator[str]:
-    """Classes without images, and labels without class."""
-    present = np.unique(images.labels)
-    strangers = present[(present < 0) | (present >= len(names))]
-    if len(strangers):
-        yield f"{split} label {strangers[0]} is not one of {len(names)} classes"
-    empty = sorted(set(range(len(names))) - set(present.tolist()))
-    if empty:
-        yield f"{len(empty)} classes have no {split} images, the first is {names[empty[0]]!r}"
+            yield (
+                f"{len(bad)} of {len(images)} {split} images are missing or empty, "
+                f"the first is {bad[0]}"
+            )
 
 
 def _holds_something(path: Path) -> bool:

@@ -117,6 +117,8 @@ def open_source(source: Source, root: Path, *, download: bool = False) -> Opened
         else:
             train, names = _images(source, root, **source.train)
             test, test_names = _images(source, root, **source.test)
+    except ModuleNotFoundError:  # of a library, not of data
+        raise
     except Exception as error:  # readers trust what they read: anything may come of a damaged file
         reason = f"{type(error).__name__}: {error}"
         raise DataError(
@@ -128,6 +130,15 @@ def open_source(source: Source, root: Path, *, download: bool = False) -> Opened
             f"{source.name}: training and test images have {len(names)} and {len(test_names)} "
             f"classes, {strangers[0]!r} is not in both"
         )
+    for split, images in (("training", train), ("test", test)):
+        if len(images) == 0:
+            raise DataError(f"{source.name}: there are no {split} images in {root}")
+        for label in (images.labels.min(), images.labels.max()):
+            if not 0 <= label < len(names):
+                raise DataError(
+                    f"{source.name}: {split} images have labels from 0 to {len(names) - 1}, got "
+                    f"{label}"
+                )
     return Opened(train, test, names)
 
 
