@@ -31,6 +31,7 @@ from condu.voting import SemanticVoting
 from condu_ext import FusionRule
 
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+_WITHOUT_EFFECT = ("benchmark.root", "benchmark.download")  # on the numbers of a run
 
 
 class ConfigError(ValueError):
@@ -280,11 +281,12 @@ def make_config(values: Mapping[str, Any], source: str = "config") -> RunConfig:
 
 
 def difference(old: RunConfig, new: RunConfig) -> str | None:
-    """The first key in which two configurations differ, with both values, or None."""
+    """The first key in which two configurations differ, with both values, or None. Where the data
+    are and how they got there may differ."""
     values = dict(_leaves(old.model_dump(mode="json")))
     others = dict(_leaves(new.model_dump(mode="json")))
     for key in values | others:
-        if values.get(key) != others.get(key):
+        if values.get(key) != others.get(key) and key not in _WITHOUT_EFFECT:
             return f"{key} was {values.get(key)!r} and is now {others.get(key)!r}"
     return None
 

@@ -84,6 +84,13 @@ def test_an_order_by_name_is_the_list_of_its_data_sets(tmp_path: Path, order: st
     assert difference(named, make_config(config(tmp_path, order=ORDERS[order]))) is None
 
 
+def test_a_run_may_go_on_with_its_data_elsewhere(tmp_path: Path) -> None:
+    begun = make_config(config(tmp_path / "here", download=True))
+    assert difference(begun, make_config(config(tmp_path / "there"))) is None
+    fewer = make_config(config(tmp_path / "here", download=True, shots=5))
+    assert difference(begun, fewer) == "benchmark.shots was None and is now 5"
+
+
 def test_only_what_is_used_has_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mtil_folders.write(tmp_path, "Aircraft", monkeypatch=monkeypatch)
     benchmark = make_benchmark(make_config(config(tmp_path, tasks=1)))
