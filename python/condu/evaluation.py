@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -29,6 +30,7 @@ from condu.voting import PRETRAINED, SemanticVoting, Votes
 
 if TYPE_CHECKING:
     from condu.fusion import ConDU
+    from condu.models.base import Autocast
     from condu.models.clip import ClipModel
     from condu.tasks.benchmark import Benchmark, Task
 
@@ -56,7 +58,8 @@ class Evaluator:
 
     Decoded test images stay in host memory as long as all of them together fit into
     ``cache_bytes``; datasets beyond that are read through a DataLoader with ``num_workers`` on each
-    pass. Inputs go to the device where the model's parameters are.
+    pass. Inputs go to the device where the model's parameters are. ``autocast`` makes the context
+    in which the model encodes; what is made of its features is float32 whatever that is.
     """
 
     def __init__(
@@ -67,12 +70,14 @@ class Evaluator:
         batch_size: int = 256,
         num_workers: int = 0,
         cache_bytes: int = 4 << 30,
+        autocast: Autocast = nullcontext,
     ) -> None:
         self.clip = clip
         self.benchmark = benchmark
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._cache_bytes = cache_bytes
+        self._autocast = autocast
         self._tests: dict[str, Dataset[Any]] = {}
         self._tokens: dict[str, Tensor] = {}
         self._frozen: dict[str, _Frozen] = {}
@@ -212,13 +217,14 @@ class Evaluator:
         return self._frozen[task.name]
 
     def _encode(self, images: Dataset[Any], indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return encode_images(
-            self.clip.model,
-            images,
-            indices,
-            batch_size=self._batch_size,
-            num_workers=self._num_workers,
-        )
+        with self._autocast():
+            return encode_images(
+                self.clip.model,
+                images,
+                indices,
+                batch_size=self._batch_size,
+                num_workers=self._num_workers,
+            )
 
     def _logits(self, features: Tensor, task: Task) -> Tensor:
         """exp(logit_scale)·cosine with the live model's text head, float32 [M, classes]."""
@@ -229,9 +235,10 @@ class Evaluator:
     def _mean_text(self, task: Task) -> Tensor:
         if task.name not in self._tokens:
             self._tokens[task.name] = prompt_tokens(self.clip.tokenize, task)
-        return mean_text_features(
-            self.clip.model, self._tokens[task.name], batch_size=self._batch_size
-        )
+        with self._autocast():
+            return mean_text_features(
+                self.clip.model, self._tokens[task.name], batch_size=self._batch_size
+            )
 
     def _test_set(self, task: Task) -> Dataset[Any]:
         if task.name not in self._tests:

@@ -61,7 +61,11 @@ class Workspace:
     @cached_property
     def scorer(self) -> Scorer:
         """Of the live model; made at first use, for only the main process evaluates."""
-        return self.live.evaluator(self.benchmark, batch_size=self.config.evaluation.batch_size)
+        return self.live.evaluator(
+            self.benchmark,
+            batch_size=self.config.evaluation.batch_size,
+            autocast=self.accelerator.autocast,
+        )
 
     @cached_property
     def prototypes(self) -> PrototypeSet:

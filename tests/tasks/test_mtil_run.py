@@ -16,6 +16,7 @@ from condu import trainer
 from condu.config import ConfigError, difference, load_config, make_config
 from condu.models.clip import AUGMENTATION, ClipModel
 from condu.tasks.mtil import ORDERS
+from condu.tasks.mtil.tasks import mtil_benchmark
 from condu.trainer import ContinualTrainer, make_benchmark
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*published numbers")
@@ -89,6 +90,16 @@ def test_a_run_may_go_on_with_its_data_elsewhere(tmp_path: Path) -> None:
     assert difference(begun, make_config(config(tmp_path / "there"))) is None
     fewer = make_config(config(tmp_path / "here", download=True, shots=5))
     assert difference(begun, fewer) == "benchmark.shots was None and is now 5"
+
+
+def test_few_shot_subsets_are_those_of_the_configured_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mtil_folders.write(tmp_path, "Aircraft", monkeypatch=monkeypatch)
+    (found,) = make_benchmark(make_config(config(tmp_path, tasks=1, shots=5, seed=3)))
+    (expected,) = mtil_benchmark(tmp_path, ["Aircraft"], shots=5, seed=3)
+    assert len(found.load("train")) == 15
+    assert found.load("train").files == expected.load("train").files
 
 
 def test_only_what_is_used_has_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,7 +18,7 @@ from condu.evaluation import Evaluator
 from condu.tasks.benchmark import Benchmark, Task, TransformedDataset
 
 if TYPE_CHECKING:
-    from condu.models.base import Objective
+    from condu.models.base import Autocast, Objective
 
 # The only augmentation of MTIL's protocol: a crop of 90-100 % of the area, no flip.
 AUGMENTATION = AugmentationCfg(scale=(0.9, 1.0))
@@ -63,8 +64,16 @@ class ClipModel:
 
         return loss
 
-    def evaluator(self, benchmark: Benchmark, *, batch_size: int) -> Evaluator:
-        return Evaluator(self, benchmark, batch_size=batch_size, num_workers=benchmark.workers)
+    def evaluator(
+        self, benchmark: Benchmark, *, batch_size: int, autocast: Autocast = nullcontext
+    ) -> Evaluator:
+        return Evaluator(
+            self,
+            benchmark,
+            batch_size=batch_size,
+            num_workers=benchmark.workers,
+            autocast=autocast,
+        )
 
     def with_model(self, model: nn.Module) -> ClipModel:
         return replace(self, model=model)
