@@ -31,7 +31,8 @@ from condu.voting import SemanticVoting
 from condu_ext import FusionRule
 
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
-_WITHOUT_EFFECT = ("benchmark.root", "benchmark.download")  # on the numbers of a run
+# on the numbers of a run
+_WITHOUT_EFFECT = ("benchmark.root", "benchmark.download", "evaluation.cache")
 
 
 class ConfigError(ValueError):
@@ -184,7 +185,11 @@ class VotingConfig(_Section):
 
 
 class EvaluationConfig(_Section):
+    """`cache`: a folder in which features of the pretrained model are kept for other runs, those of
+    prompts and of images on disk."""
+
     batch_size: int = Field(default=256, ge=1)
+    cache: str | None = None
 
 
 class RunConfig(_Section):

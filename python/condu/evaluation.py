@@ -29,10 +29,11 @@ from condu.prototypes import PrototypeSet
 from condu.voting import PRETRAINED, SemanticVoting, Votes
 
 if TYPE_CHECKING:
+    from condu.feature_cache import FeatureCache
     from condu.fusion import ConDU
     from condu.models.base import Autocast
     from condu.models.clip import ClipModel
-    from condu.tasks.benchmark import Benchmark, Task
+    from condu.tasks.benchmark import Benchmark, Task, TransformedDataset
 
 __all__ = ["Evaluator", "Protocol", "Row", "zero_shot_head"]
 
@@ -60,6 +61,7 @@ class Evaluator:
     ``cache_bytes``; datasets beyond that are read through a DataLoader with ``num_workers`` on each
     pass. Inputs go to the device where the model's parameters are. ``autocast`` makes the context
     in which the model encodes; what is made of its features is float32 whatever that is.
+    ``cache``: where features for prototypes and for voting outlive the process.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Evaluator:
         num_workers: int = 0,
         cache_bytes: int = 4 << 30,
         autocast: Autocast = nullcontext,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.clip = clip
         self.benchmark = benchmark
@@ -78,6 +81,7 @@ class Evaluator:
         self._num_workers = num_workers
         self._cache_bytes = cache_bytes
         self._autocast = autocast
+        self.cache = cache
         self._tests: dict[str, Dataset[Any]] = {}
         self._tokens: dict[str, Tensor] = {}
         self._frozen: dict[str, _Frozen] = {}
@@ -108,9 +112,9 @@ class Evaluator:
         Puts the model at θ_0 first, so absorb fine-tuned weights before.
         """
         fusion.reset()
-        train = task.dataset("train", self.clip.test_transform)
-        features, labels = self._encode(_not_empty(train, task, "train"))
-        prototypes.add(task.name, features, labels, self._mean_text(task))
+        train = _not_empty(task.dataset("train", self.clip.test_transform), task, "train")
+        features, labels = self._kept_features(train, train)
+        prototypes.add(task.name, features, labels, self._kept_text(task))
 
     def agnostic_accuracy(
         self, task: Task, fusion: ConDU, prototypes: PrototypeSet, voting: SemanticVoting
@@ -212,9 +216,26 @@ class Evaluator:
         θ_0.
         """
         if task.name not in self._frozen:
-            features, labels = self._encode(self._test_set(task))
+            test = task.dataset("test", self.clip.test_transform)
+            features, labels = self._kept_features(test, self._test_set(task))
             self._frozen[task.name] = _Frozen(features, labels, self._logits(features, task))
         return self._frozen[task.name]
+
+    def _kept_features(
+        self, dataset: TransformedDataset, images: Dataset[Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Features and labels of ``images``, which are those of ``dataset``."""
+        if self.cache is None:
+            return self._encode(images)
+        with self._autocast():
+            return self.cache.images(self.clip.model, dataset, lambda: self._encode(images))
+
+    def _kept_text(self, task: Task) -> Tensor:
+        if self.cache is None:
+            return self._mean_text(task)
+        tokens = prompt_tokens(self.clip.tokenize, task)
+        with self._autocast():
+            return self.cache.text(self.clip.model, tokens, lambda: self._mean_text(task))
 
     def _encode(self, images: Dataset[Any], indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with self._autocast():

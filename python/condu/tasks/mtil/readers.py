@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
@@ -67,6 +69,20 @@ class Images(Dataset[tuple[Image.Image, int]]):
     def files(self) -> list[Path]:
         """Of each image; empty where one file holds them all."""
         return [self._files[row] for row in self._rows] if self._files else []
+
+    def digest(self) -> str:
+        """Hash of which images these are: of the labels, and of the pixels where one file holds
+        all, else of each file's name, size and time of change. DataError for a missing file."""
+        digest = xxhash.xxh3_128(self.labels.tobytes())
+        if not self._files:
+            digest.update(np.ascontiguousarray(self._reader.data)[self._rows].tobytes())
+        for file in self.files:
+            try:
+                facts = os.stat(file)
+            except OSError as error:
+                raise DataError(f"{self.name}: {file} cannot be read: {error}") from error
+            digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
     def take(self, indices: np.ndarray) -> Images:
         """The images at ``indices`` of this split."""
