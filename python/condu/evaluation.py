@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from condu.features import encode_images, mean_text_features, prompt_tokens, zero_shot_head
+from condu.progress import RunProgress
 from condu.prototypes import PrototypeSet
 from condu.voting import PRETRAINED, SemanticVoting, Votes
 
@@ -61,7 +62,8 @@ class Evaluator:
     ``cache_bytes``; datasets beyond that are read through a DataLoader with ``num_workers`` on each
     pass. Inputs go to the device where the model's parameters are. ``autocast`` makes the context
     in which the model encodes; what is made of its features is float32 whatever that is.
-    ``cache``: where features for prototypes and for voting outlive the process.
+    ``cache``: where features for prototypes and for voting outlive the process; it may be set
+    later, as may ``progress``, which shows how far encoding is.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Evaluator:
         self._cache_bytes = cache_bytes
         self._autocast = autocast
         self.cache = cache
+        self.progress = RunProgress()  # which shows nothing
         self._tests: dict[str, Dataset[Any]] = {}
         self._tokens: dict[str, Tensor] = {}
         self._frozen: dict[str, _Frozen] = {}
@@ -238,13 +241,15 @@ class Evaluator:
             return self.cache.text(self.clip.model, tokens, lambda: self._mean_text(task))
 
     def _encode(self, images: Dataset[Any], indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with self._autocast():
+        count = len(images if indices is None else indices)  # type: ignore[arg-type]
+        with self._autocast(), self.progress.images("encoding images", count) as advance:
             return encode_images(
                 self.clip.model,
                 images,
                 indices,
                 batch_size=self._batch_size,
                 num_workers=self._num_workers,
+                advance=advance,
             )
 
     def _logits(self, features: Tensor, task: Task) -> Tensor:

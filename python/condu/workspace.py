@@ -66,8 +66,10 @@ class Workspace:
         scorer = self.live.evaluator(
             self.benchmark, batch_size=settings.batch_size, autocast=self.accelerator.autocast
         )
-        if settings.cache is not None and isinstance(scorer, Evaluator):
-            scorer.cache = FeatureCache(settings.cache)
+        if isinstance(scorer, Evaluator):
+            scorer.progress = self.progress
+            if settings.cache is not None:
+                scorer.cache = FeatureCache(settings.cache)
         return scorer
 
     @cached_property
