@@ -75,7 +75,8 @@ def run(
         Path,
         typer.Argument(
             help="YAML file; each run leaves one as RUN/config.yaml. Those that come with the"
-            " package are configs/mini.yaml (the demo) and configs/mini_vqa_pam.yaml."
+            " package are configs/mini.yaml (the demo), configs/mini_vqa_pam.yaml,"
+            " configs/mtil_condu_ft.yaml, ..._ft_5shot.yaml and ..._lora.yaml."
         ),
     ],
     out: Annotated[

@@ -31,7 +31,7 @@ from condu.voting import SemanticVoting
 from condu_ext import FusionRule
 
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
-# on the numbers of a run
+# keys that change no number of a run
 _WITHOUT_EFFECT = ("benchmark.root", "benchmark.download", "evaluation.cache")
 
 

@@ -62,8 +62,8 @@ class Evaluator:
     ``cache_bytes``; datasets beyond that are read through a DataLoader with ``num_workers`` on each
     pass. Inputs go to the device where the model's parameters are. ``autocast`` makes the context
     in which the model encodes; what is made of its features is float32 whatever that is.
-    ``cache``: where features for prototypes and for voting outlive the process; it may be set
-    later, as may ``progress``, which shows how far encoding is.
+    The attributes ``cache``, where features for prototypes and for voting outlive the process, and
+    ``progress``, which shows how far encoding is, may be set by the owner.
     """
 
     def __init__(
@@ -75,7 +75,6 @@ class Evaluator:
         num_workers: int = 0,
         cache_bytes: int = 4 << 30,
         autocast: Autocast = nullcontext,
-        cache: FeatureCache | None = None,
     ) -> None:
         self.clip = clip
         self.benchmark = benchmark
@@ -83,7 +82,7 @@ class Evaluator:
         self._num_workers = num_workers
         self._cache_bytes = cache_bytes
         self._autocast = autocast
-        self.cache = cache
+        self.cache: FeatureCache | None = None
         self.progress = RunProgress()  # which shows nothing
         self._tests: dict[str, Dataset[Any]] = {}
         self._tokens: dict[str, Tensor] = {}

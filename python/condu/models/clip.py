@@ -108,7 +108,8 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipModel:
 
     ``"mini"`` is the model shipped with condu.tasks.mini and takes no ``pretrained``. Any other
     name is one of open_clip's, with ``pretrained`` a tag that open_clip knows or a local file;
-    None gives random weights. Raises ValueError for an unknown name or tag.
+    None gives random weights. Raises ValueError for an unknown name or tag, and for weights that
+    were trained with another activation than the model has.
     """
     if name == "mini":
         if pretrained is not None:
@@ -121,6 +122,8 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipModel:
         raise ValueError(
             f"unknown weights {pretrained!r} for model {name!r}: neither a file nor one of {tags}"
         )
+    if pretrained is not None and pretrained in tags:
+        _check_activation(name, pretrained)
     model, train_transform, test_transform = open_clip.create_model_and_transforms(
         name, pretrained, aug_cfg=AUGMENTATION
     )
@@ -131,3 +134,15 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipModel:
         train_transform=train_transform,
         test_transform=test_transform,
     )
+
+
+def _check_activation(name: str, tag: str) -> None:
+    """open_clip only warns, and then answers some points worse."""
+    has = bool(open_clip.get_model_config(name).get("quick_gelu"))
+    needs = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
+    if has != needs:
+        other = f"{name}-quickgelu" if needs else name.removesuffix("-quickgelu")
+        raise ValueError(
+            f"weights {tag!r} were trained with{'' if needs else 'out'} QuickGELU, which model "
+            f"{name!r} has{' not' if needs else ''}: take model {other!r}"
+        )
