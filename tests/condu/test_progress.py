@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny_run import tiny_benchmark, tiny_clip
+from tiny_run import tiny_benchmark, tiny_clip, tiny_trainer
 
 from condu.progress import RunProgress
 
@@ -51,3 +52,12 @@ def test_an_evaluator_shows_how_many_images_it_has_encoded() -> None:
     evaluator.progress = RunProgress(console)
     evaluator.accuracy(benchmark["hues"])
     assert "90/90" in shown(console)
+
+
+def test_a_run_shows_both(tmp_path: Path) -> None:
+    console = terminal()
+    trainer = tiny_trainer(tmp_path, methods=["individual"], training={"steps": 2})
+    trainer.progress = RunProgress(console)
+    trainer.run()
+    assert "fine-tuning on hues" in shown(console)
+    assert "encoding images" in shown(console)

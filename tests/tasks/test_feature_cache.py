@@ -29,6 +29,7 @@ class Kept:
 
     def __init__(self, folder: Path, root: Path, names: list[str]) -> None:
         self.cache = FeatureCache(folder)
+        self.root = root
         self.benchmark = mtil_benchmark(root, names)
         self.clip = small_clip("small", None)
         self.computed = 0
@@ -85,8 +86,7 @@ def touched_image(kept: Kept) -> Any:
 
 
 def fewer_images(kept: Kept) -> Any:
-    root = kept.benchmark["DTD"].load("train").files[0].parents[4]
-    return kept.images(mtil_benchmark(root, ["DTD"], shots=5)["DTD"])
+    return kept.images(mtil_benchmark(kept.root, ["DTD"], shots=5)["DTD"])
 
 
 def another_data_set(kept: Kept) -> Any:
@@ -108,6 +108,16 @@ def test_whatever_changes_the_features_is_computed_anew(kept: Kept, change: Any)
     kept.images(kept.benchmark["DTD"])
     change(kept)
     assert kept.computed == 2
+
+
+def test_other_labels_of_the_same_images_are_not_mistaken_for_the_old(kept: Kept) -> None:
+    _, before = kept.images(kept.benchmark["MNIST"])
+    file = kept.root / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    content = bytearray(file.read_bytes())
+    content[-1], content[-2] = content[-2], content[-1]
+    file.write_bytes(content)
+    _, after = kept.images(mtil_benchmark(kept.root, ["MNIST"])["MNIST"])
+    assert after.tolist() == [*before[:-2].tolist(), int(before[-1]), int(before[-2])]
 
 
 def test_an_equal_model_in_another_object_is_the_same(kept: Kept) -> None:
