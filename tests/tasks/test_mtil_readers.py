@@ -153,8 +153,21 @@ def test_a_class_of_one_split_only_is_refused(write) -> None:
     listed = root / "dtd/dtd/labels/test1.txt"
     kept = [line for line in listed.read_text().splitlines() if "woven" not in line]
     listed.write_text("\n".join(kept) + "\n")
-    with pytest.raises(DataError, match="3 and 2 classes, 'woven' is not in both"):
+    expected = (
+        "3 classes and test images 2; number 2 is 'woven' in the first and None in the second"
+    )
+    with pytest.raises(DataError, match=f"DTD: training images have {expected}"):
         open_source(SOURCE["DTD"], root)
+
+
+def test_classes_that_are_numbered_otherwise_in_the_test_list_are_refused(write) -> None:
+    root = write("OxfordPet")
+    listed = root / "oxford-iiit-pet/annotations/test.txt"
+    swap = {"1": "2", "2": "1", "3": "3"}
+    rows = [line.split() for line in listed.read_text().splitlines()]
+    listed.write_text("".join(f"{name} {swap[label]} 1 1\n" for name, label, *_ in rows))
+    with pytest.raises(DataError, match="number 0 is 'Abyssinian' in the first and 'American"):
+        open_source(SOURCE["OxfordPet"], root)
 
 
 def test_a_label_without_a_class_is_refused(write) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +141,13 @@ def open_source(source: Source, root: Path, *, download: bool = False) -> Opened
         raise DataError(
             f"{source.name}: what is in {root} is damaged ({reason}); {instructions(source, root)}"
         ) from error
-    if names != test_names:
-        strangers = sorted(set(names) ^ set(test_names))
-        raise DataError(
-            f"{source.name}: training and test images have {len(names)} and {len(test_names)} "
-            f"classes, {strangers[0]!r} is not in both"
-        )
+    for label, (name, other) in enumerate(zip_longest(names, test_names)):
+        if name != other:
+            raise DataError(
+                f"{source.name}: training images have {len(names)} classes and test images "
+                f"{len(test_names)}; number {label} is {name!r} in the first and {other!r} in the "
+                "second"
+            )
     for split, images in (("training", train), ("test", test)):
         if len(images) == 0:
             raise DataError(f"{source.name}: there are no {split} images in {root}")
