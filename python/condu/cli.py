@@ -1,5 +1,5 @@
 """The command `condu`: demo, run, report, bench, doctor, and the commands of the modules
-`checkpoint_commands`, `state_commands` and `adapter_commands`.
+`checkpoint_commands`, `state_commands`, `adapter_commands` and `data_commands`.
 
 `bench` and `doctor` work with the core dependencies alone, so everything heavy is imported inside
 the commands.
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from condu import adapter_commands, checkpoint_commands, state_commands
+from condu import adapter_commands, checkpoint_commands, data_commands, state_commands
 from condu.terminal import EXTRA, Debug, complain, errors
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ app = typer.Typer(
 app.add_typer(checkpoint_commands.app)
 app.add_typer(state_commands.app)
 app.add_typer(adapter_commands.app)
+app.add_typer(data_commands.app)
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the final table only.")]
 
@@ -74,7 +75,8 @@ def run(
         Path,
         typer.Argument(
             help="YAML file; each run leaves one as RUN/config.yaml. Those that come with the"
-            " package are configs/mini.yaml (the demo) and configs/mini_vqa_pam.yaml."
+            " package are configs/mini.yaml (the demo), configs/mini_vqa_pam.yaml,"
+            " configs/mtil_condu_ft.yaml, ..._ft_5shot.yaml and ..._lora.yaml."
         ),
     ],
     out: Annotated[

@@ -15,13 +15,24 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from condu.evaluation import Protocol
+from condu.tasks.mtil import ORDERS
 from condu.voting import SemanticVoting
 from condu_ext import FusionRule
 
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+# keys that change no number of a run
+_WITHOUT_EFFECT = ("benchmark.root", "benchmark.download", "evaluation.cache")
 
 
 class ConfigError(ValueError):
@@ -33,12 +44,43 @@ class _Section(BaseModel):
 
 
 class BenchmarkConfig(_Section):
-    """Which tasks, in which order. `tasks` keeps only the first n of the order."""
+    """Which tasks, in which order. `tasks` keeps only the first n of the order.
+
+    For `mtil`, whose images are on disk: `root`, the folder of its data sets; `download`, whether
+    to fetch what is missing there; `shots`, training images of each class (None: all), drawn with
+    `seed`; `workers`, processes that decode (None: 4), whose number changes the random crops. Its
+    `order` may be I or II too, and is then read as that list.
+    """
 
     name: str = "mini"
     seed: int = Field(default=0, ge=0)
     order: tuple[str, ...] | None = None
     tasks: int | None = Field(default=None, ge=1)
+    root: str | None = None
+    shots: Literal[5, 16] | None = None
+    download: bool = False
+    workers: int | None = Field(default=None, ge=0)
+
+    @field_validator("order", mode="before")
+    @classmethod
+    def _named_order(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, str):
+            return value
+        if info.data.get("name") != "mtil" or value not in ORDERS:
+            raise ValueError(f"must be a list of task names, or for mtil I or II, got {value!r}")
+        return ORDERS[value]
+
+    @model_validator(mode="after")
+    def _where_images_are(self) -> BenchmarkConfig:
+        if self.name == "mtil":
+            if self.root is None:
+                raise ValueError("'mtil' needs root, the folder of its data sets")
+            return self
+        for key in ("root", "shots", "download", "workers"):
+            given = getattr(self, key)
+            if given != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for 'mtil' only, got {given!r} for {self.name!r}")
+        return self
 
 
 class ModelConfig(_Section):
@@ -143,7 +185,11 @@ class VotingConfig(_Section):
 
 
 class EvaluationConfig(_Section):
+    """`cache`: a folder in which features of the pretrained model are kept for other runs, those of
+    prompts and of images on disk."""
+
     batch_size: int = Field(default=256, ge=1)
+    cache: str | None = None
 
 
 class RunConfig(_Section):
@@ -240,11 +286,12 @@ def make_config(values: Mapping[str, Any], source: str = "config") -> RunConfig:
 
 
 def difference(old: RunConfig, new: RunConfig) -> str | None:
-    """The first key in which two configurations differ, with both values, or None."""
+    """The first key in which two configurations differ, with both values, or None. Where the data
+    are and how they got there may differ."""
     values = dict(_leaves(old.model_dump(mode="json")))
     others = dict(_leaves(new.model_dump(mode="json")))
     for key in values | others:
-        if values.get(key) != others.get(key):
+        if values.get(key) != others.get(key) and key not in _WITHOUT_EFFECT:
             return f"{key} was {values.get(key)!r} and is now {others.get(key)!r}"
     return None
 

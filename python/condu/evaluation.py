@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -24,13 +25,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from condu.features import encode_images, mean_text_features, prompt_tokens, zero_shot_head
+from condu.progress import RunProgress
 from condu.prototypes import PrototypeSet
 from condu.voting import PRETRAINED, SemanticVoting, Votes
 
 if TYPE_CHECKING:
+    from condu.feature_cache import FeatureCache
     from condu.fusion import ConDU
+    from condu.models.base import Autocast
     from condu.models.clip import ClipModel
-    from condu.tasks.benchmark import Benchmark, Task
+    from condu.tasks.benchmark import Benchmark, Task, TransformedDataset
 
 __all__ = ["Evaluator", "Protocol", "Row", "zero_shot_head"]
 
@@ -56,7 +60,10 @@ class Evaluator:
 
     Decoded test images stay in host memory as long as all of them together fit into
     ``cache_bytes``; datasets beyond that are read through a DataLoader with ``num_workers`` on each
-    pass. Inputs go to the device where the model's parameters are.
+    pass. Inputs go to the device where the model's parameters are. ``autocast`` makes the context
+    in which the model encodes; what is made of its features is float32 whatever that is.
+    The attributes ``cache``, where features for prototypes and for voting outlive the process, and
+    ``progress``, which shows how far encoding is, may be set by the owner.
     """
 
     def __init__(
@@ -67,12 +74,16 @@ class Evaluator:
         batch_size: int = 256,
         num_workers: int = 0,
         cache_bytes: int = 4 << 30,
+        autocast: Autocast = nullcontext,
     ) -> None:
         self.clip = clip
         self.benchmark = benchmark
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._cache_bytes = cache_bytes
+        self._autocast = autocast
+        self.cache: FeatureCache | None = None
+        self.progress = RunProgress()  # which shows nothing
         self._tests: dict[str, Dataset[Any]] = {}
         self._tokens: dict[str, Tensor] = {}
         self._frozen: dict[str, _Frozen] = {}
@@ -103,9 +114,9 @@ class Evaluator:
         Puts the model at θ_0 first, so absorb fine-tuned weights before.
         """
         fusion.reset()
-        train = task.dataset("train", self.clip.test_transform)
-        features, labels = self._encode(_not_empty(train, task, "train"))
-        prototypes.add(task.name, features, labels, self._mean_text(task))
+        train = _not_empty(task.dataset("train", self.clip.test_transform), task, "train")
+        features, labels = self._kept_features(train, train)
+        prototypes.add(task.name, features, labels, self._kept_text(task))
 
     def agnostic_accuracy(
         self, task: Task, fusion: ConDU, prototypes: PrototypeSet, voting: SemanticVoting
@@ -207,18 +218,38 @@ class Evaluator:
         θ_0.
         """
         if task.name not in self._frozen:
-            features, labels = self._encode(self._test_set(task))
+            test = task.dataset("test", self.clip.test_transform)
+            features, labels = self._kept_features(test, self._test_set(task))
             self._frozen[task.name] = _Frozen(features, labels, self._logits(features, task))
         return self._frozen[task.name]
 
+    def _kept_features(
+        self, dataset: TransformedDataset, images: Dataset[Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Features and labels of ``images``, which are those of ``dataset``."""
+        if self.cache is None:
+            return self._encode(images)
+        with self._autocast():
+            return self.cache.images(self.clip.model, dataset, lambda: self._encode(images))
+
+    def _kept_text(self, task: Task) -> Tensor:
+        if self.cache is None:
+            return self._mean_text(task)
+        tokens = prompt_tokens(self.clip.tokenize, task)
+        with self._autocast():
+            return self.cache.text(self.clip.model, tokens, lambda: self._mean_text(task))
+
     def _encode(self, images: Dataset[Any], indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return encode_images(
-            self.clip.model,
-            images,
-            indices,
-            batch_size=self._batch_size,
-            num_workers=self._num_workers,
-        )
+        count = len(images if indices is None else indices)  # type: ignore[arg-type]
+        with self._autocast(), self.progress.images("encoding images", count) as advance:
+            return encode_images(
+                self.clip.model,
+                images,
+                indices,
+                batch_size=self._batch_size,
+                num_workers=self._num_workers,
+                advance=advance,
+            )
 
     def _logits(self, features: Tensor, task: Task) -> Tensor:
         """exp(logit_scale)·cosine with the live model's text head, float32 [M, classes]."""
@@ -229,9 +260,10 @@ class Evaluator:
     def _mean_text(self, task: Task) -> Tensor:
         if task.name not in self._tokens:
             self._tokens[task.name] = prompt_tokens(self.clip.tokenize, task)
-        return mean_text_features(
-            self.clip.model, self._tokens[task.name], batch_size=self._batch_size
-        )
+        with self._autocast():
+            return mean_text_features(
+                self.clip.model, self._tokens[task.name], batch_size=self._batch_size
+            )
 
     def _test_set(self, task: Task) -> Dataset[Any]:
         if task.name not in self._tests:

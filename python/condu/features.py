@@ -54,11 +54,12 @@ def encode_images(
     *,
     batch_size: int = 256,
     num_workers: int = 0,
+    advance: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalised features float32 [M, D] and labels int64 [M], both on the CPU, of a map-style
     dataset of (image tensor, label); with ``indices`` int64 [M] only of those images, in that
     order. M must not be 0. A ``TensorDataset`` is sliced a batch at a time, anything else goes
-    through a DataLoader.
+    through a DataLoader. ``advance`` is called after each batch with how many images it had.
     """
     device = next(model.parameters()).device
     features, labels = [], []
@@ -66,6 +67,8 @@ def encode_images(
         for batch, batch_labels in _batches(images, indices, batch_size, num_workers):
             features.append(_normalised(model.encode_image(batch.to(device, non_blocking=True))))
             labels.append(batch_labels)
+            if advance is not None:
+                advance(len(batch_labels))
     return torch.cat(features).cpu(), torch.cat(labels).cpu()
 
 

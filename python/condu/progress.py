@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -32,6 +35,21 @@ class RunProgress:
     def steps(self, label: str, total: int) -> Iterator[Callable[[float], None]]:
         """A bar of `total` steps with the loss and the time left; call what it yields with the loss
         after each step. Shown on a terminal only, and removed when it is full."""
+        with self._bar(label, total, TextColumn("loss {task.fields[loss]}"), loss="–") as update:
+            yield lambda loss: update(advance=1, loss=f"{loss:.3f}")
+
+    @contextmanager
+    def images(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar of `total` images with the time left; call what it yields with how many more are
+        done. Shown and removed as `steps` is."""
+        with self._bar(label, total) as update:
+            yield lambda count: update(advance=count)
+
+    @contextmanager
+    def _bar(
+        self, label: str, total: int, *columns: ProgressColumn, **fields: Any
+    ) -> Iterator[Callable[..., None]]:
+        """A bar with some columns of its own; call what it yields with what has changed."""
         if self.quiet or not self.console.is_terminal:
             yield _ignore
             return
@@ -39,7 +57,7 @@ class RunProgress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            *columns,
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -47,9 +65,8 @@ class RunProgress:
             transient=True,
         )
         with bar:
-            task = bar.add_task(label, total=total, loss="–")
-            yield lambda loss: bar.update(task, advance=1, loss=f"{loss:.3f}")
+            yield partial(bar.update, bar.add_task(label, total=total, **fields))
 
 
-def _ignore(loss: float) -> None:
+def _ignore(**changes: object) -> None:
     pass

@@ -17,6 +17,7 @@ EXTRA = {
     "open_clip": "open_clip_torch",
     "peft": "peft",
     "pydantic": "pydantic",
+    "scipy": "scipy",
     "sklearn": "scikit-learn",
     "torchvision": "torchvision",
     "transformers": "transformers",

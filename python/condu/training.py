@@ -58,12 +58,14 @@ def finetune(
     seed: int,
     progress: RunProgress,
     after_step: AfterStep | None = None,
+    workers: int = 0,
 ) -> float:
     """Fine-tune the live model on a task from the weights it has; returns the mean loss of the last
-    tenth of the steps. `training.batch_size` is the whole batch, over all processes. Raises
+    tenth of the steps. `training.batch_size` is the whole batch, over all processes; `workers` more
+    prepare it, and their number changes what is random in that. Raises
     `FloatingPointError` when the loss is no longer finite: such weights must not be fused."""
     set_seed(task_seed(seed, task.name))
-    batches = _batches(live, task, training, seed=task_seed(seed, task.name))
+    batches = _batches(live, task, training, seed=task_seed(seed, task.name), workers=workers)
     objective = live.objective(task, training.label_smoothing)
     peak, warmup = training.learning_rate_of(task.name), round(training.warmup * training.steps)
     optimizer = torch.optim.AdamW(
@@ -99,7 +101,9 @@ def finetune(
     return sum(tail) / len(tail)
 
 
-def _batches(live: LiveModel, task: Any, training: TrainingConfig, *, seed: int) -> DataLoader[Any]:
+def _batches(
+    live: LiveModel, task: Any, training: TrainingConfig, *, seed: int, workers: int
+) -> DataLoader[Any]:
     """Exactly `training.steps` full batches: the training set, shuffled anew each time round."""
     dataset = live.training_set(task)
     generator = torch.Generator().manual_seed(seed)
@@ -114,4 +118,5 @@ def _batches(live: LiveModel, task: Any, training: TrainingConfig, *, seed: int)
         sampler=sampler,
         generator=generator,
         collate_fn=live.collate,
+        num_workers=workers,
     )

@@ -123,6 +123,7 @@ class Tuner:
                     seed=self.workspace.config.seed,
                     progress=self.workspace.progress,
                     after_step=after_step,
+                    workers=self.workspace.benchmark.workers,
                 )
                 seconds = time.perf_counter() - began
                 if accelerator.is_main_process:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from condu.evaluation import Evaluator
+from condu.feature_cache import FeatureCache
 from condu.progress import RunProgress
 from condu.prototypes import PrototypeSet
 from condu.training import train_all_weights
@@ -61,7 +62,15 @@ class Workspace:
     @cached_property
     def scorer(self) -> Scorer:
         """Of the live model; made at first use, for only the main process evaluates."""
-        return self.live.evaluator(self.benchmark, batch_size=self.config.evaluation.batch_size)
+        settings = self.config.evaluation
+        scorer = self.live.evaluator(
+            self.benchmark, batch_size=settings.batch_size, autocast=self.accelerator.autocast
+        )
+        if isinstance(scorer, Evaluator):
+            scorer.progress = self.progress
+            if settings.cache is not None:
+                scorer.cache = FeatureCache(settings.cache)
+        return scorer
 
     @cached_property
     def prototypes(self) -> PrototypeSet:

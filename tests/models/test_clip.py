@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -81,3 +82,15 @@ def test_open_clip_models_load_from_a_local_file(tmp_path):
 def test_unknown_models_and_weights_are_named(name, pretrained, message):
     with pytest.raises(ValueError, match=message):
         load_clip(name, pretrained)
+
+
+def test_weights_of_another_activation_are_refused_before_they_are_fetched(monkeypatch):
+    def fetch(*arguments, **options):
+        raise FileNotFoundError("fetched")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", fetch)
+    with pytest.raises(ValueError, match=r"with QuickGELU.* take model 'ViT-B-16-quickgelu'"):
+        load_clip("ViT-B-16", "openai")
+    for name, tag in (("ViT-B-16-quickgelu", "openai"), ("ViT-B-16", "laion2b_s34b_b88k")):
+        with pytest.raises(FileNotFoundError, match="fetched"):
+            load_clip(name, tag)

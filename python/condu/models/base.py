@@ -7,6 +7,7 @@ module holds at the moment; methods put weights in and take them out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from condu.tasks.benchmark import Benchmark
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+"""Makes the context of forward passes in mixed precision."""
 
 Objective = Callable[[nn.Module, Any], Tensor]
 """The mean loss of a batch under a module that may be wrapped (DistributedDataParallel, PEFT)."""
@@ -65,8 +69,10 @@ class LiveModel(Protocol):
         """The loss of a task."""
         ...
 
-    def evaluator(self, benchmark: Benchmark, *, batch_size: int) -> Scorer:
-        """A scorer of this model."""
+    def evaluator(
+        self, benchmark: Benchmark, *, batch_size: int, autocast: Autocast = nullcontext
+    ) -> Scorer:
+        """A scorer of this model, which answers in the context that `autocast` makes."""
         ...
 
     def with_model(self, model: nn.Module) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,7 +18,7 @@ from condu.evaluation import Evaluator
 from condu.tasks.benchmark import Benchmark, Task, TransformedDataset
 
 if TYPE_CHECKING:
-    from condu.models.base import Objective
+    from condu.models.base import Autocast, Objective
 
 # The only augmentation of MTIL's protocol: a crop of 90-100 % of the area, no flip.
 AUGMENTATION = AugmentationCfg(scale=(0.9, 1.0))
@@ -63,8 +64,16 @@ class ClipModel:
 
         return loss
 
-    def evaluator(self, benchmark: Benchmark, *, batch_size: int) -> Evaluator:
-        return Evaluator(self, benchmark, batch_size=batch_size)
+    def evaluator(
+        self, benchmark: Benchmark, *, batch_size: int, autocast: Autocast = nullcontext
+    ) -> Evaluator:
+        return Evaluator(
+            self,
+            benchmark,
+            batch_size=batch_size,
+            num_workers=benchmark.workers,
+            autocast=autocast,
+        )
 
     def with_model(self, model: nn.Module) -> ClipModel:
         return replace(self, model=model)
@@ -99,7 +108,8 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipModel:
 
     ``"mini"`` is the model shipped with condu.tasks.mini and takes no ``pretrained``. Any other
     name is one of open_clip's, with ``pretrained`` a tag that open_clip knows or a local file;
-    None gives random weights. Raises ValueError for an unknown name or tag.
+    None gives random weights. Raises ValueError for an unknown name or tag, and for weights that
+    were trained with another activation than the model has.
     """
     if name == "mini":
         if pretrained is not None:
@@ -112,6 +122,8 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipModel:
         raise ValueError(
             f"unknown weights {pretrained!r} for model {name!r}: neither a file nor one of {tags}"
         )
+    if pretrained is not None and pretrained in tags:
+        _check_activation(name, pretrained)
     model, train_transform, test_transform = open_clip.create_model_and_transforms(
         name, pretrained, aug_cfg=AUGMENTATION
     )
@@ -122,3 +134,15 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipModel:
         train_transform=train_transform,
         test_transform=test_transform,
     )
+
+
+def _check_activation(name: str, tag: str) -> None:
+    """open_clip only warns, and then answers some points worse."""
+    has = bool(open_clip.get_model_config(name).get("quick_gelu"))
+    needs = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
+    if has != needs:
+        other = f"{name}-quickgelu" if needs else name.removesuffix("-quickgelu")
+        raise ValueError(
+            f"weights {tag!r} were trained with{'' if needs else 'out'} QuickGELU, which model "
+            f"{name!r} has{' not' if needs else ''}: take model {other!r}"
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,7 +25,7 @@ from condu.tasks.vqa import VqaTask
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from condu.models.base import Objective
+    from condu.models.base import Autocast, Objective
     from condu.tasks.benchmark import Benchmark
 
 IGNORED = -100
@@ -119,8 +120,10 @@ class VqaModel:
         """``answer_loss`` with this label smoothing; the same for every task."""
         return partial(answer_loss, label_smoothing=label_smoothing)
 
-    def evaluator(self, benchmark: Benchmark, *, batch_size: int) -> VqaEvaluator:
-        return VqaEvaluator(self, benchmark, batch_size=batch_size)
+    def evaluator(
+        self, benchmark: Benchmark, *, batch_size: int, autocast: Autocast = nullcontext
+    ) -> VqaEvaluator:
+        return VqaEvaluator(self, benchmark, batch_size=batch_size, autocast=autocast)
 
 
 def answer_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
@@ -171,10 +174,18 @@ class VqaEvaluator:
     device of the model's parameters.
     """
 
-    def __init__(self, vqa: VqaModel, benchmark: Benchmark, *, batch_size: int) -> None:
+    def __init__(
+        self,
+        vqa: VqaModel,
+        benchmark: Benchmark,
+        *,
+        batch_size: int,
+        autocast: Autocast = nullcontext,
+    ) -> None:
         self.vqa = vqa
         self.benchmark = benchmark
         self._batch_size = batch_size
+        self._autocast = autocast
         self._tests: dict[str, _TestSet] = {}
 
     def over(self, vqa: VqaModel) -> VqaEvaluator:
@@ -203,7 +214,7 @@ class VqaEvaluator:
         device = next(model.parameters()).device
         texts: list[str] = []
         generate: Any = model.generate
-        with inference(model):
+        with inference(model), self._autocast():
             for start in range(0, len(test.answers), self._batch_size):
                 part = slice(start, start + self._batch_size)
                 pixels = [

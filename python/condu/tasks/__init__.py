@@ -12,7 +12,8 @@ def load_benchmark(name: str, *, seed: int = 0) -> Benchmark:
     """The benchmark called ``name``.
 
     ``"mini"``: small classification tasks, ``"mini_vqa"``: small tasks of visual question
-    answering; both are rendered on the fly from ``seed``, no files needed.
+    answering; both are rendered on the fly from ``seed``, no files needed. For MTIL, whose images
+    are on disk, there is `condu.tasks.mtil.tasks.mtil_benchmark`.
     Raises ValueError for any other name.
     """
     if name == "mini":
@@ -23,4 +24,6 @@ def load_benchmark(name: str, *, seed: int = 0) -> Benchmark:
         from condu.tasks.mini_vqa import mini_vqa_benchmark
 
         return mini_vqa_benchmark(seed)
-    raise ValueError(f"unknown benchmark {name!r}, the ones available are: 'mini', 'mini_vqa'")
+    raise ValueError(
+        f"unknown benchmark {name!r}, the ones available are: 'mini', 'mini_vqa', 'mtil'"
+    )

@@ -66,10 +66,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Tasks in training order, all of one kind (`Task`, `VqaTask`), with unique names."""
+    """Tasks in training order, all of one kind (`Task`, `VqaTask`), with unique names.
+
+    workers: processes that are to prepare batches; 0 where examples are in memory or cheap.
+    """
 
     name: str
     tasks: tuple[Any, ...]
+    workers: int = 0
 
     def __post_init__(self) -> None:
         names = [task.name for task in self.tasks]

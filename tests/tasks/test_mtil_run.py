@@ -1,0 +1,171 @@
+"""`benchmark: {name: mtil, …}`: from a configuration to the accuracies of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mtil_folders
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP
+from open_clip.transform import image_transform
+
+from condu import trainer
+from condu.config import ConfigError, difference, find_config, load_config, make_config
+from condu.models.clip import AUGMENTATION, ClipModel
+from condu.tasks.mtil import ORDERS
+from condu.tasks.mtil.tasks import mtil_benchmark
+from condu.trainer import ContinualTrainer, make_benchmark
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*published numbers")
+
+
+def small_clip(name: str, pretrained: str | None) -> ClipModel:
+    """open_clip's tokenizer and transforms round a model of 16 pixels."""
+    torch.manual_seed(0)
+    tower = {"width": 32, "layers": 1}
+    vision = {"image_size": 16, "patch_size": 8, "head_width": 16, **tower}
+    text = {"context_length": 32, "vocab_size": 49408, "heads": 2, **tower}
+    mean, std = (0.5,) * 3, (0.5,) * 3
+    return ClipModel(
+        name,
+        CLIP(16, vision, text),
+        open_clip.get_tokenizer("ViT-B-32", context_length=32),
+        image_transform(16, True, mean, std, aug_cfg=AUGMENTATION),
+        image_transform(16, False, mean, std),
+    )
+
+
+def config(root: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "benchmark": {"name": "mtil", "root": str(root), **changes},
+        "methods": ["zero_shot", "condu"],
+        "training": {"steps": 30, "batch_size": 12, "lr": 3e-3},
+    }
+
+
+def test_a_run_trains_on_data_sets_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = mtil_folders.write(tmp_path / "data", "StanfordCars", "Food101", monkeypatch=monkeypatch)
+    monkeypatch.setattr(trainer, "load_model", small_clip)
+    chosen = make_config(config(data, order="II", tasks=2, shots=5, workers=1))
+    results = ContinualTrainer.from_config(chosen, tmp_path / "run").run()
+    assert (results["benchmark"], results["tasks"]) == ("mtil", ["StanfordCars", "Food101"])
+    untrained, *_ = results["methods"]["zero_shot"]["task-id"]["matrix"]
+    matrix = results["methods"]["condu"]["task-id"]["matrix"]
+    assert matrix[0][0] > untrained[0] + 20
+    assert matrix[1][1] > untrained[1] + 20
+    assert load_config(tmp_path / "run" / "config.yaml") == chosen
+
+
+def test_workers_read_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = mtil_folders.write(tmp_path / "data", "DTD", monkeypatch=monkeypatch)
+    monkeypatch.setattr(trainer, "load_model", small_clip)
+    order = ["DTD", *(name for name in ORDERS["I"] if name != "DTD")]
+    values = config(data, order=order, tasks=1, workers=2)
+    values |= {"methods": ["individual"], "training": {"steps": 2, "batch_size": 4}}
+    asked: list[int] = []
+    loader = torch.utils.data.DataLoader.__init__
+
+    def init(self: Any, *arguments: Any, **options: Any) -> None:
+        asked.append(options.get("num_workers", 0))
+        loader(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", init)
+    ContinualTrainer.from_config(make_config(values), tmp_path / "run").run()
+    assert asked
+    assert set(asked) == {2}
+
+
+@pytest.mark.parametrize("order", ["I", "II"])
+def test_an_order_by_name_is_the_list_of_its_data_sets(tmp_path: Path, order: str) -> None:
+    named = make_config(config(tmp_path, order=order))
+    assert named.benchmark.order == ORDERS[order]
+    assert difference(named, make_config(config(tmp_path, order=ORDERS[order]))) is None
+
+
+def test_a_run_may_go_on_with_its_data_elsewhere(tmp_path: Path) -> None:
+    begun = make_config(config(tmp_path / "here", download=True))
+    assert difference(begun, make_config(config(tmp_path / "there"))) is None
+    fewer = make_config(config(tmp_path / "here", download=True, shots=5))
+    assert difference(begun, fewer) == "benchmark.shots was None and is now 5"
+
+
+def test_few_shot_subsets_are_those_of_the_configured_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mtil_folders.write(tmp_path, "Aircraft", monkeypatch=monkeypatch)
+    (found,) = make_benchmark(make_config(config(tmp_path, tasks=1, shots=5, seed=3)))
+    (expected,) = mtil_benchmark(tmp_path, ["Aircraft"], shots=5, seed=3)
+    assert len(found.load("train")) == 15
+    assert found.load("train").files == expected.load("train").files
+
+
+def test_only_what_is_used_has_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mtil_folders.write(tmp_path, "Aircraft", monkeypatch=monkeypatch)
+    benchmark = make_benchmark(make_config(config(tmp_path, tasks=1)))
+    assert [task.name for task in benchmark] == ["Aircraft"]
+    assert benchmark.workers == 4
+    with pytest.raises(ValueError, match=r"Caltech101: .* is missing; unpack"):
+        make_benchmark(make_config(config(tmp_path, tasks=2)))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({"name": "mtil"}, "benchmark: 'mtil' needs root"),
+        ({"root": "x"}, "benchmark: root is for 'mtil' only, got 'x' for 'mini'"),
+        ({"shots": 5}, "benchmark: shots is for 'mtil' only, got 5 for 'mini'"),
+        ({"workers": 0}, "benchmark: workers is for 'mtil' only, got 0 for 'mini'"),
+        ({"name": "mtil", "root": "x", "shots": 7}, r"benchmark.shots: .*5 or 16, got 7"),
+        ({"name": "mtil", "root": "x", "order": "III"}, r"benchmark.order: .*I or II, got 'III'"),
+        ({"order": "I"}, "benchmark.order: must be a list of task names"),
+        ({"name": "mtil", "root": "x", "workers": -1}, "benchmark.workers: .*got -1"),
+    ],
+)
+def test_wrong_values_are_named(wanted: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected) as error:
+        make_config({"benchmark": wanted})
+    assert ";" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"order": ["DTD"]}, "benchmark.order: must name each of Aircraft, .* once, got DTD"),
+        ({"order": ["dtd"]}, "benchmark.order: benchmark 'mtil' has no task 'dtd', there are: Air"),
+        ({"tasks": 12}, "benchmark.tasks: got 12, but there are 11 tasks"),
+    ],
+)
+def test_tasks_that_there_are_not_are_named(
+    tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        make_benchmark(make_config(config(tmp_path, **changes)))
+
+
+def test_several_processes_do_not_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"benchmark\.download: only a single process"):
+        make_benchmark(make_config(config(tmp_path, download=True)))
+
+
+# Configurations that come with the package
+
+
+@pytest.mark.parametrize("name", ["mtil_condu_ft", "mtil_condu_ft_5shot", "mtil_condu_lora"])
+def test_ready_configurations_are_the_papers(name: str) -> None:
+    ready = load_config(find_config(Path("configs", f"{name}.yaml")))
+    assert ready.benchmark.order == ORDERS["I"]
+    assert (ready.model.name, ready.model.pretrained) == ("ViT-B-16-quickgelu", "openai")
+    assert (ready.fusion.rescale, ready.voting.preset) == ("tensor_mean", "code")
+    training = ready.training
+    assert training.warmup * training.steps == 100
+    if name == "mtil_condu_lora":
+        assert set(ready.lora.task_lr) == set(ORDERS["I"])
+        return
+    assert (training.steps, ready.benchmark.shots) in ((1000, None), (500, 5))
+    rates = {task: training.learning_rate_of(task) for task in ORDERS["I"]}
+    assert {task for task, rate in rates.items() if rate == 5e-5} == {"Aircraft", "MNIST"}
+    assert set(rates.values()) == {1e-5, 5e-5}
