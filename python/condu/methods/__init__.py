@@ -1,6 +1,15 @@
 """Continual-learning methods, one file each. Importing this package registers them by name."""
 
-from condu.methods import condu, individual, pam, sequential, zero_shot
+from condu.methods import (
+    condu,
+    emr,
+    individual,
+    pam,
+    sequential,
+    task_arithmetic,
+    wise_ft,
+    zero_shot,
+)
 from condu.methods.base import METHODS, Learned, Method, register
 
 __all__ = [
@@ -8,9 +17,12 @@ __all__ = [
     "Learned",
     "Method",
     "condu",
+    "emr",
     "individual",
     "pam",
     "register",
     "sequential",
+    "task_arithmetic",
+    "wise_ft",
     "zero_shot",
 ]
