@@ -259,7 +259,7 @@ def test_a_killed_run_ends_with_the_numbers_and_weights_of_an_undisturbed_one(
 def test_resuming_a_finished_run_trains_nothing(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_batches", None)
+    monkeypatch.setattr(training, "shuffled_batches", None)
     before = results(finished)
     after = tiny_trainer(finished).run(resume=True)
     assert after == before
@@ -280,7 +280,7 @@ def test_resume_starts_what_has_not_begun(tmp_path: Path) -> None:
 def test_what_the_configuration_has_wrong_shows_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(training, "_batches", None)
+    monkeypatch.setattr(training, "shuffled_batches", None)
     with pytest.raises(ValueError, match=message):
         tiny_trainer(tmp_path / "run", **changes).run()
 
@@ -288,7 +288,7 @@ def test_what_the_configuration_has_wrong_shows_before_training(
 def test_a_model_that_cannot_vote_has_one_protocol_which_is_checked_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_batches", None)
+    monkeypatch.setattr(training, "shuffled_batches", None)
     monkeypatch.setattr(ClipModel, "votes", False)
     changes = {"methods": ["pam", "condu_lora"], "protocols": ["agnostic"]}
     with pytest.raises(

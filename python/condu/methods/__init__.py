@@ -4,11 +4,13 @@ from condu.methods import (
     condu,
     emr,
     individual,
+    lwf,
     pam,
     sequential,
     task_arithmetic,
     wise_ft,
     zero_shot,
+    zscl,
 )
 from condu.methods.base import METHODS, Learned, Method, register
 
@@ -19,10 +21,12 @@ __all__ = [
     "condu",
     "emr",
     "individual",
+    "lwf",
     "pam",
     "register",
     "sequential",
     "task_arithmetic",
     "wise_ft",
     "zero_shot",
+    "zscl",
 ]
