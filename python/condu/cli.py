@@ -46,14 +46,18 @@ def demo(
     tasks: Annotated[int | None, typer.Option(help="Only the first N tasks.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps for each task.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every method that there is.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """ConDU beside its baselines on the benchmark that comes with the package."""
     with errors("demo", debug):
         from condu.config import demo_config, make_config
+        from condu.methods import ALL
 
         values = demo_config().model_dump()
+        if every:
+            values["methods"] = ALL
         options = {
             ("benchmark", "tasks"): tasks,
             ("training", "steps"): steps,

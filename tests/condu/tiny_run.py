@@ -29,6 +29,7 @@ from torch import Tensor
 from condu.config import RunConfig, make_config
 from condu.models.clip import ClipModel
 from condu.tasks.benchmark import Benchmark, Task
+from condu.tasks.reference import ReferenceSet
 from condu.trainer import ContinualTrainer
 from condu.weights import load_weights
 from condu_ext import UnifiedDelta
@@ -61,7 +62,14 @@ def tiny_benchmark() -> Benchmark:
     hues = Task("hues", names, prompts, lambda split: Images(colours, split))
     names, prompts = ("dark", "grey", "light"), ("a picture of {}",)
     tones = Task("tones", names, prompts, lambda split: Images(greys, split))
-    return Benchmark("tiny", (hues, tones))
+    return Benchmark("tiny", (hues, tones), tiny_reference)
+
+
+def tiny_reference() -> ReferenceSet:
+    """Squares in colours of no task."""
+    images = Images([(190, 190, 60), (60, 190, 190), (190, 60, 190)], "train")
+    captions = ("a dark picture of red", "a photo of light green", "a grey picture", "a blue photo")
+    return ReferenceSet([images[i][0] for i in range(len(images))], captions)
 
 
 def tiny_clip() -> ClipModel:
@@ -99,6 +107,8 @@ def tiny_config(**changes: Any) -> RunConfig:
         "training": {"steps": 16, "batch_size": 16, "lr": 3e-3},
         "lora": {"rank": 4, "lr": 0.03, "targets": ["c_fc", "c_proj", "attn"]},
         "pam": {"rank": 4, "period": 2},
+        "zscl": {"batch_size": 16, "average_every": 4},
+        "rail": {"hidden": 64},
         "evaluation": {"batch_size": 16},
     }
     for key, value in changes.items():

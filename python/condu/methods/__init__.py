@@ -16,7 +16,17 @@ from condu.methods import (
 )
 from condu.methods.base import METHODS, Learned, Method, register
 
+ALL = (
+    *("zero_shot", "individual"),
+    *("sequential", "wise_ft", "lwf", "zscl", "rail_primal", "rail_dual"),
+    *("condu", "emr", "task_arithmetic"),
+    *("individual_lora", "condu_lora", "sequential_lora", "lora_average", "pam"),
+)
+"""The methods of this package in the order of a table: lower and upper line, one model or adapter
+for all tasks, fusion of all weights, fusion of adapters."""
+
 __all__ = [
+    "ALL",
     "METHODS",
     "Learned",
     "Method",

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condu.bench.memory import available_memory
+from condu.config import ConfigError
 from condu.methods.base import register
 from condu.methods.rail import Rail
 from condu.weights import load_weights, save_weights
@@ -26,7 +28,8 @@ class KernelRidge:
     x'‖²) and one-hot Y; an image is answered by its row of the kernel times α.
 
     A task adds rows to the Cholesky factor of K + ridge·1 and changes none, so it costs what it
-    adds; the result equals that for all images at once. Takes 8·N² bytes, twice while it grows.
+    adds; the result equals that for all images at once. Takes 8·N² bytes, and while it grows what
+    it took before besides.
     """
 
     def __init__(self, gamma: float, ridge: float, *, device: torch.device) -> None:
@@ -36,10 +39,14 @@ class KernelRidge:
         self._factor = torch.zeros(0, 0, dtype=torch.float64, device=device)
         self._alpha: Tensor | None = None
 
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._labels)
+
     def absorb(self, features: Tensor, labels: Tensor) -> None:
         """Learn features [M, D] with labels int64 [M]."""
         new = features.to(self._device, torch.float64)
-        known, count = len(self._features), len(new)
+        known, count = len(self), len(new)
         factor = F.pad(self._factor, (0, count, 0, count))
         corner = self._kernel(new, new)
         corner.diagonal().add_(self._ridge)
@@ -87,6 +94,7 @@ class RailDual(Rail):
             save_weights(file, {"features": features, "labels": labels})
         while self._absorbed <= index:  # more than one after a restart
             stored = load_weights(self._file(self._absorbed))
+            self._check_memory(len(stored["labels"]))
             self._kernel.absorb(stored["features"], stored["labels"])
             self._absorbed += 1
 
@@ -95,6 +103,17 @@ class RailDual(Rail):
 
     _absorbed = 0
     """Tasks in the kernel."""
+
+    def _check_memory(self, count: int) -> None:
+        """Raises ConfigError where the system would end the process."""
+        known = len(self._kernel)
+        free = available_memory(self.workspace.accelerator.device)
+        if (needed := 8 * (known + count) ** 2) > free:
+            raise ConfigError(
+                f"methods: 'rail_dual' needs {needed / 2**30:.0f} GiB for the kernel of "
+                f"{known + count} training images, and {free / 2**30:.0f} GiB are free: take fewer "
+                "images, or 'rail_primal'"
+            )
 
     @cached_property
     def _kernel(self) -> KernelRidge:
