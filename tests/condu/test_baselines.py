@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,24 @@ def test_methods_that_need_a_clip_model_say_so(tmp_path: Path, method: str, what
     trainer.live = load_vqa("mini_vqa")  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=rf"methods: '{method}' .*{what}.* 'mini_vqa'"):
         trainer.run()
+
+
+def test_zscl_without_reference_data_says_what_is_missing(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", methods=["zscl"])
+    trainer.benchmark = dataclasses.replace(trainer.benchmark, reference=None)
+    with pytest.raises(ConfigError, match=r"benchmark 'tiny' comes with none: zscl\.images"):
+        trainer.run()
+    here = {"images": tmp_path / "nowhere", "captions": tmp_path}
+    with pytest.raises(ConfigError, match=r"^zscl\.images: there is no image in a folder"):
+        tiny_trainer(tmp_path / "other", methods=["zscl"], zscl=here).run()
+
+
+def test_zscl_reads_the_references_that_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    references = tiny_reference()
+    for number, image in enumerate(references.images):
+        image.save(tmp_path / "images" / f"{number:02d}.png")
+    (tmp_path / "captions.txt").write_text("\n".join(references.captions))
+    given = {"images": tmp_path / "images", "captions": tmp_path / "captions.txt"}
+    own = learnt(tmp_path / "own", 1, "zscl")
+    assert_near(learnt(tmp_path / "given", 1, "zscl", zscl=given), own, 0)
