@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,7 +47,11 @@ class Distillation:
 
     def __call__(self, model: nn.Module, pixels: Tensor) -> Tensor:
         """The loss, a 0-dim tensor, of a model, which may be wrapped, on reference images [N, 3, H,
-        W] on the device of the teacher: of images over texts plus of texts over images."""
+        W] on the device of the teacher: of images over texts plus of texts over images.
+
+        Of several processes each brings its part of the images and has the loss of all of them, so
+        that their number changes nothing: the mean of their gradients is the gradient.
+        """
         with torch.no_grad():
             teacher = self._logits(self._teacher, pixels)
         logits = self._logits(model, pixels)
@@ -56,4 +61,16 @@ class Distillation:
 
     def _logits(self, model: Any, pixels: Tensor) -> Tensor:
         features, _, scale = model(image=pixels)[:3]
-        return scale * features.float() @ self._text.T
+        return scale * _of_all_processes(features.float()) @ self._text.T
+
+
+def _of_all_processes(features: Tensor) -> Tensor:
+    """[N, D] of each process to [P·N, D] in all, with a gradient of P times that of the process's
+    own: the mean over processes is then that of all."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return features
+    own, processes = features.detach().contiguous(), dist.get_world_size()
+    parts = [torch.empty_like(own) for _ in range(processes)]
+    dist.all_gather(parts, own)
+    parts[dist.get_rank()] = features + (processes - 1) * (features - own)  # the value is own's
+    return torch.cat(parts)

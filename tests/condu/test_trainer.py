@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_run import accuracies, tiny_benchmark, tiny_clip, tiny_config, tiny_trainer
+from tiny_run import (
+    accuracies,
+    run_in_two_processes,
+    tiny_benchmark,
+    tiny_clip,
+    tiny_config,
+    tiny_trainer,
+)
 
 from condu import training
 from condu.config import ConfigError, load_config, make_config
@@ -204,15 +210,7 @@ def test_another_seed_is_another_run(finished: Path, tmp_path: Path) -> None:
 def test_two_processes_share_the_batch_and_train_the_same_models(
     finished: Path, tmp_path: Path
 ) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(SCRIPT), "run", str(tmp_path / "run")],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_two_processes(tmp_path / "run")
     assert set(results(tmp_path / "run")["methods"]) == set(results(finished)["methods"])
     folders = ("finetuned", "lora-4")
     for file in (

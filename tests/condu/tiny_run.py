@@ -1,6 +1,7 @@
 """A benchmark and a CLIP so small that a whole run takes a second; and, as a script, kills.
 
-    python tiny_run.py run FOLDER     a run, also under a launcher of several processes
+    python tiny_run.py run FOLDER [METHOD…]
+                                      a run, also under a launcher of several processes
     python tiny_run.py kill FOLDER METHOD…
                                       a run killed before each of its renames in turn, and resumed
 
@@ -13,6 +14,7 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
@@ -187,10 +189,24 @@ def kill(folder: Path, methods: Sequence[str]) -> None:
     print(json.dumps([outcome(folder / "undisturbed"), *outcomes]))
 
 
+def run_in_two_processes(out: Path, *methods: str) -> None:
+    """A run in a launcher's two processes, of the methods of `tiny_config` if none are given."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launch, __file__, "run", str(out), *methods],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     action, folder = sys.argv[1], Path(sys.argv[2])
     if action == "kill":
         kill(folder, sys.argv[3:])
     else:
-        tiny_trainer(folder).run()
+        chosen = {"methods": sys.argv[3:]} if sys.argv[3:] else {}
+        tiny_trainer(folder, **chosen).run()

@@ -16,11 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condu.config import ConfigError
 from condu.evaluation import Evaluator
 from condu.features import zero_shot_head
-from condu.methods.base import Learned, Method
-from condu.models.clip import ClipModel
+from condu.methods.base import Learned, Method, clip_model_of
 from condu.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -52,12 +50,7 @@ class Rail(Method):
 
     def __init__(self, workspace: Workspace) -> None:
         super().__init__(workspace)
-        if not isinstance(workspace.live, ClipModel):
-            raise ConfigError(
-                f"methods: {self.name!r} needs the features of images, which model "
-                f"{workspace.live.name!r} does not give"
-            )
-        self.clip = workspace.live
+        self.clip = clip_model_of(self)
         tasks = workspace.benchmark.tasks
         sizes = torch.tensor([0, *(len(task.classnames) for task in tasks)])
         self.offsets: list[int] = sizes.cumsum(0).tolist()

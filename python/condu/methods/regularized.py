@@ -5,10 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import NamedTuple
 
-from condu.config import ConfigError
-from condu.methods.base import Learned
+from condu.methods.base import Learned, clip_model_of
 from condu.methods.sequential import Sequential
-from condu.models.clip import ClipModel
 from condu.training import AfterStep, Penalty
 from condu.tuning import Trained
 from condu.workspace import Workspace
@@ -27,12 +25,7 @@ class Regularized(Sequential):
 
     def __init__(self, workspace: Workspace) -> None:
         super().__init__(workspace)
-        if not isinstance(workspace.live, ClipModel):
-            raise ConfigError(
-                f"methods: {self.name!r} compares images with texts, which model "
-                f"{workspace.live.name!r} does not"
-            )
-        self.clip = workspace.live
+        self.clip = clip_model_of(self)
 
     @abstractmethod
     def regularizer(self, index: int, start: Trained | None) -> Regularizer:

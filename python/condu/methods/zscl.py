@@ -35,7 +35,7 @@ class WeightAverage:
 
     def __init__(self, live: Mapping[str, Tensor], *, every: int, steps: int) -> None:
         self.start = {name: value.detach().clone() for name, value in live.items()}
-        self._live = {name: value.detach() for name, value in live.items()}
+        self._live = live  # kept whole: DistributedDataParallel moves parameters' memory
         self._average = {name: value.clone() for name, value in self.start.items()}
         self._every, self._left = every, steps
         self._steps, self._models = 0, 1
@@ -46,10 +46,11 @@ class WeightAverage:
         if self._steps % self._every and self._left:
             return
         share = self._models / (self._models + 1)
-        cx.average_(self._average, self._live, share, check=False)  # the loss tells of NaN, later
+        live = {name: value.detach() for name, value in self._live.items()}
+        cx.average_(self._average, live, share, check=False)  # the loss tells of NaN, later
         self._models += 1
         if not self._left:
-            write(self._live, self._average)
+            write(live, self._average)
 
 
 @register
