@@ -1,7 +1,8 @@
 """A benchmark and a CLIP so small that a whole run takes a second; and, as a script, kills.
 
     python tiny_run.py run FOLDER [METHOD…]
-                                      a run, also under a launcher of several processes
+                                      a run, also under a launcher of several processes; of two
+                                      steps a task if methods are given
     python tiny_run.py kill FOLDER METHOD…
                                       a run killed before each of its renames in turn, and resumed
 
@@ -190,7 +191,7 @@ def kill(folder: Path, methods: Sequence[str]) -> None:
 
 
 def run_in_two_processes(out: Path, *methods: str) -> None:
-    """A run in a launcher's two processes, of the methods of `tiny_config` if none are given."""
+    """A run of this script in a launcher's two processes."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [sys.executable, *launch, __file__, "run", str(out), *methods],
@@ -208,5 +209,5 @@ if __name__ == "__main__":
     if action == "kill":
         kill(folder, sys.argv[3:])
     else:
-        chosen = {"methods": sys.argv[3:]} if sys.argv[3:] else {}
-        tiny_trainer(folder, **chosen).run()
+        short: dict[str, Any] = {"methods": sys.argv[3:], "training": {"steps": 2}}
+        tiny_trainer(folder, **(short if sys.argv[3:] else {})).run()
