@@ -35,7 +35,7 @@ class WeightAverage:
 
     def __init__(self, live: Mapping[str, Tensor], *, every: int, steps: int) -> None:
         self.start = {name: value.detach().clone() for name, value in live.items()}
-        self._live = live  # kept whole: DistributedDataParallel moves parameters' memory
+        self._live = live  # not detached yet: their memory may move when processes share a model
         self._average = {name: value.clone() for name, value in self.start.items()}
         self._every, self._left = every, steps
         self._steps, self._models = 0, 1
