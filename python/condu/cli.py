@@ -53,10 +53,11 @@ def demo(
     """ConDU beside its baselines on the benchmark that comes with the package."""
     with errors("demo", debug):
         from condu.config import demo_config, make_config
-        from condu.methods import ALL
 
         values = demo_config().model_dump()
         if every:
+            from condu.methods import ALL
+
             values["methods"] = ALL
         options = {
             ("benchmark", "tasks"): tasks,

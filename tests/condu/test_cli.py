@@ -145,7 +145,6 @@ class Missing(MetaPathFinder):
         if name.partition(".")[0] in EXTRA.keys() - {"pydantic"}:  # recent typer needs that itself
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 from condu.cli import app
-from condu.methods import ALL, METHODS
 from condu.terminal import EXTRA
 sys.meta_path.insert(0, Missing())
 app(sys.argv[1:])
