@@ -47,6 +47,7 @@ def demo(
     tasks: Annotated[int | None, typer.Option(help="Only the first N tasks.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps for each task.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every method that there is.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -55,6 +56,10 @@ def demo(
         from condu.config import demo_config, make_config
 
         values = demo_config().model_dump()
+        if every:
+            from condu.methods import ALL
+
+            values["methods"] = ALL
         options = {
             ("benchmark", "tasks"): tasks,
             ("training", "steps"): steps,

@@ -158,6 +158,57 @@ class PamConfig(_Section):
     reset_optimizer: bool = True
 
 
+class WiseFtConfig(_Section):
+    """`weight`: the share of the fine-tuned weights; the rest is what they started from."""
+
+    weight: float = Field(default=0.8, ge=0, le=1)
+
+
+class LwfConfig(_Section):
+    """`temperature` of the distillation."""
+
+    temperature: float = Field(default=2.0, gt=0)
+
+
+class ZsclConfig(_Section):
+    """`images`: a folder of reference images, at any depth; `captions`: a text file with one a
+    line, what follows a tab being left out, or a folder of such files. Without both, the reference
+    set that comes with the benchmark. `batch_size`: reference images a step; `l2`: factor of the
+    squared distance from where the task started; `average_every`: steps between weights that go
+    into the average."""
+
+    images: Path | None = None
+    captions: Path | None = None
+    batch_size: int = Field(default=64, ge=1)
+    temperature: float = Field(default=2.0, gt=0)
+    l2: float = Field(default=1.0, ge=0)
+    average_every: int = Field(default=100, ge=1)
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> ZsclConfig:
+        if (self.images is None) != (self.captions is None):
+            given, missing = ("images", "captions") if self.images else ("captions", "images")
+            raise ValueError(f"{given} is given but {missing} is not: both or neither")
+        return self
+
+
+class RailConfig(_Section):
+    """`hidden`, `ridge`: width and regularisation of `rail_primal`; `gamma`, `kernel_ridge`: those
+    of the Gaussian kernel and of `rail_dual`; `weight`: the share of the adapter's answer."""
+
+    hidden: int = Field(default=15000, ge=1)
+    ridge: float = Field(default=0.1, gt=0)
+    gamma: float = Field(default=0.1, gt=0)
+    kernel_ridge: float = Field(default=1e-3, gt=0)
+    weight: float = Field(default=0.8, ge=0, le=1)
+
+
+class TaskArithmeticConfig(_Section):
+    """`scale`: the factor λ of the sum of all delta models."""
+
+    scale: float = Field(default=0.3, gt=0)
+
+
 class FusionConfig(_Section):
     """How delta models are unified, see `condu_ext.FusionRule`, and the unified model's dtype."""
 
@@ -204,6 +255,11 @@ class RunConfig(_Section):
     training: TrainingConfig = TrainingConfig()
     lora: LoraConfig = LoraConfig()
     pam: PamConfig = PamConfig()
+    wise_ft: WiseFtConfig = WiseFtConfig()
+    lwf: LwfConfig = LwfConfig()
+    zscl: ZsclConfig = ZsclConfig()
+    rail: RailConfig = RailConfig()
+    task_arithmetic: TaskArithmeticConfig = TaskArithmeticConfig()
     fusion: FusionConfig = FusionConfig()
     voting: VotingConfig = VotingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -86,7 +86,7 @@ class Evaluator:
         self.progress = RunProgress()  # which shows nothing
         self._tests: dict[str, Dataset[Any]] = {}
         self._tokens: dict[str, Tensor] = {}
-        self._frozen: dict[str, _Frozen] = {}
+        self._frozen: dict[str, FrozenAnswers] = {}
 
     def over(self, clip: ClipModel) -> Evaluator:
         """The same over another live model, sharing what was read and computed already. At θ_0 the
@@ -114,9 +114,15 @@ class Evaluator:
         Puts the model at θ_0 first, so absorb fine-tuned weights before.
         """
         fusion.reset()
-        train = _not_empty(task.dataset("train", self.clip.test_transform), task, "train")
-        features, labels = self._kept_features(train, train)
+        features, labels = self.train_features(task)
         prototypes.add(task.name, features, labels, self._kept_text(task))
+
+    def train_features(self, task: Task) -> tuple[Tensor, Tensor]:
+        """Normalised features float32 [M, D] and labels int64 [M] of a task's training images
+        (through the test transform) under the live weights.
+        """
+        train = _not_empty(task.dataset("train", self.clip.test_transform), task, "train")
+        return self._kept_features(train, train)
 
     def agnostic_accuracy(
         self, task: Task, fusion: ConDU, prototypes: PrototypeSet, voting: SemanticVoting
@@ -176,7 +182,7 @@ class Evaluator:
     def _ballot(
         self, task: Task, own: bool, prototypes: PrototypeSet, voting: SemanticVoting
     ) -> _Ballot:
-        frozen = self._frozen_answers(task)
+        frozen = self.frozen_answers(task)
         if own:
             expert = prototypes.tasks.index(task.name)
             shape = (len(frozen.features), 1)
@@ -206,21 +212,21 @@ class Evaluator:
             voters = torch.stack([weight > 0 for _, weight in same_dataset]).any(dim=0)
             indices = voters.nonzero().flatten()
             if expert == PRETRAINED:
-                logits = self._frozen_answers(task).logits[indices]
+                logits = self.frozen_answers(task).logits[indices]
             else:
                 features, _ = self._encode(self._test_set(task), indices)
                 logits = self._logits(features, task)
             for ballot, weight in same_dataset:
                 ballot.add(indices, logits, weight[indices])
 
-    def _frozen_answers(self, task: Task) -> _Frozen:
+    def frozen_answers(self, task: Task) -> FrozenAnswers:
         """Answers of the pretrained model on a test set; the first call needs the model to be at
         θ_0.
         """
         if task.name not in self._frozen:
             test = task.dataset("test", self.clip.test_transform)
             features, labels = self._kept_features(test, self._test_set(task))
-            self._frozen[task.name] = _Frozen(features, labels, self._logits(features, task))
+            self._frozen[task.name] = FrozenAnswers(features, labels, self._logits(features, task))
         return self._frozen[task.name]
 
     def _kept_features(
@@ -279,8 +285,9 @@ class Evaluator:
 
 
 @dataclass(frozen=True)
-class _Frozen:
-    """The pretrained model on one test set: features [N, D], labels [N], logits [N, classes]."""
+class FrozenAnswers:
+    """The pretrained model on one test set: normalised features float32 [N, D], labels int64 [N],
+    logits float32 [N, classes], all on the CPU."""
 
     features: Tensor
     labels: Tensor

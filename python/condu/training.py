@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 from accelerate.utils import set_seed
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from condu.config import TrainingConfig
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 AfterStep = Callable[[torch.optim.Optimizer], None]
 """Called after each step of the optimiser, which it may change, as it may the weights."""
+
+Penalty = Callable[[nn.Module, Any], Tensor]
+"""What is added to the objective, of the same module and batch."""
 
 
 def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
@@ -57,6 +61,7 @@ def finetune(
     *,
     seed: int,
     progress: RunProgress,
+    penalty: Penalty | None = None,
     after_step: AfterStep | None = None,
     workers: int = 0,
 ) -> float:
@@ -65,7 +70,14 @@ def finetune(
     prepare it, and their number changes what is random in that. Raises
     `FloatingPointError` when the loss is no longer finite: such weights must not be fused."""
     set_seed(task_seed(seed, task.name))
-    batches = _batches(live, task, training, seed=task_seed(seed, task.name), workers=workers)
+    batches = shuffled_batches(
+        live.training_set(task),
+        training.steps,
+        training.batch_size,
+        seed=task_seed(seed, task.name),
+        collate=live.collate,
+        workers=workers,
+    )
     objective = live.objective(task, training.label_smoothing)
     peak, warmup = training.learning_rate_of(task.name), round(training.warmup * training.steps)
     optimizer = torch.optim.AdamW(
@@ -83,6 +95,8 @@ def finetune(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = objective(model, batch)
+            if penalty is not None:
+                loss = loss + penalty(model, batch)
             optimizer.zero_grad()
             accelerator.backward(loss)
             optimizer.step()
@@ -101,22 +115,24 @@ def finetune(
     return sum(tail) / len(tail)
 
 
-def _batches(
-    live: LiveModel, task: Any, training: TrainingConfig, *, seed: int, workers: int
+def shuffled_batches(
+    dataset: Any,
+    steps: int,
+    batch_size: int,
+    *,
+    seed: int,
+    collate: Callable[[list[Any]], Any] | None = None,
+    workers: int = 0,
 ) -> DataLoader[Any]:
-    """Exactly `training.steps` full batches: the training set, shuffled anew each time round."""
-    dataset = live.training_set(task)
+    """Exactly `steps` full batches of a map-style data set, shuffled anew each time round, prepared
+    by `workers` processes."""
     generator = torch.Generator().manual_seed(seed)
-    sampler = RandomSampler(
-        dataset,  # type: ignore[arg-type]  # map-style data sets are sized
-        num_samples=training.steps * training.batch_size,
-        generator=generator,
-    )
+    sampler = RandomSampler(dataset, num_samples=steps * batch_size, generator=generator)
     return DataLoader(
         dataset,
-        training.batch_size,
+        batch_size,
         sampler=sampler,
         generator=generator,
-        collate_fn=live.collate,
+        collate_fn=collate,
         num_workers=workers,
     )

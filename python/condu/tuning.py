@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from condu.training import AfterStep, finetune
+from condu.training import AfterStep, Penalty, finetune
 from condu.weights import (
     copy_weights,
     load_facts,
@@ -105,6 +105,8 @@ class Tuner:
         path: Path,
         index: int,
         start: Trained | None = None,
+        *,
+        penalty: Penalty | None = None,
         after_step: AfterStep | None = None,
     ) -> Trained:
         """Fine-tune on task `index`, from `start` or else from θ_0, into the file `path`, unless it
@@ -122,6 +124,7 @@ class Tuner:
                     accelerator,
                     seed=self.workspace.config.seed,
                     progress=self.workspace.progress,
+                    penalty=penalty,
                     after_step=after_step,
                     workers=self.workspace.benchmark.workers,
                 )

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from condu import trainer
 from condu.cli import app
+from condu.methods import ALL, METHODS
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,14 @@ def test_demo_prints_the_table_and_writes_the_results() -> None:
     assert "hues: 2 steps from the pretrained model in" in result.stdout
     found = json.loads(Path("here/results.json").read_text())
     assert (found["seed"], found["tasks"]) == (3, ["hues", "tones"])
+
+
+def test_demo_can_run_every_method() -> None:
+    result = condu("demo", "--all", "--steps", 2, "--quiet")
+    assert result.exit_code == 0, result.output
+    for method in ALL:
+        assert re.search(rf"^ *{method} +\d", result.stdout, re.MULTILINE)
+    assert set(ALL) == set(METHODS)
 
 
 def test_demo_takes_a_new_folder_each_time_and_is_quiet_when_asked() -> None:

@@ -69,11 +69,12 @@ def trained_by(
 
 
 def test_nothing_is_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = ["condu", "sequential", "individual", "zero_shot"]
+    every = ["condu", "emr", "sequential", "wise_ft", "individual", "zero_shot"]
     assert trained_by(every, tmp_path / "run", monkeypatch) == [
-        ("hues", True),  # for all three: the first task of a sequence starts from θ_0 as well
+        ("hues", True),  # for all five: the first task of a sequence starts from θ_0 as well
         ("tones", True),
-        ("tones", False),
+        ("tones", False),  # sequential
+        ("tones", False),  # wise_ft
     ]
 
 
@@ -95,7 +96,12 @@ def test_adapters_of_one_rank_are_trained_once(
         ("zero_shot", []),
         ("individual", [("hues", True), ("tones", True)]),
         ("sequential", [("hues", True), ("tones", False)]),
+        ("wise_ft", [("hues", True), ("tones", False)]),
+        ("lwf", [("hues", True), ("tones", False)]),
+        ("zscl", [("hues", True), ("tones", False)]),
+        ("rail_primal", []),
         ("condu", [("hues", True), ("tones", True)]),
+        ("emr", [("hues", True), ("tones", True)]),
         ("individual_lora", [("hues", True), ("tones", True)]),
         ("condu_lora", [("hues", True), ("tones", True)]),
         ("sequential_lora", [("hues", True), ("tones", False)]),

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_run import accuracies, tiny_benchmark, tiny_clip, tiny_config, tiny_trainer
+from tiny_run import (
+    accuracies,
+    run_in_two_processes,
+    tiny_benchmark,
+    tiny_clip,
+    tiny_config,
+    tiny_trainer,
+)
 
 from condu import training
 from condu.config import ConfigError, load_config, make_config
@@ -204,15 +210,7 @@ def test_another_seed_is_another_run(finished: Path, tmp_path: Path) -> None:
 def test_two_processes_share_the_batch_and_train_the_same_models(
     finished: Path, tmp_path: Path
 ) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(SCRIPT), "run", str(tmp_path / "run")],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_two_processes(tmp_path / "run")
     assert set(results(tmp_path / "run")["methods"]) == set(results(finished)["methods"])
     folders = ("finetuned", "lora-4")
     for file in (
@@ -259,7 +257,7 @@ def test_a_killed_run_ends_with_the_numbers_and_weights_of_an_undisturbed_one(
 def test_resuming_a_finished_run_trains_nothing(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_batches", None)
+    monkeypatch.setattr(training, "shuffled_batches", None)
     before = results(finished)
     after = tiny_trainer(finished).run(resume=True)
     assert after == before
@@ -280,7 +278,7 @@ def test_resume_starts_what_has_not_begun(tmp_path: Path) -> None:
 def test_what_the_configuration_has_wrong_shows_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(training, "_batches", None)
+    monkeypatch.setattr(training, "shuffled_batches", None)
     with pytest.raises(ValueError, match=message):
         tiny_trainer(tmp_path / "run", **changes).run()
 
@@ -288,7 +286,7 @@ def test_what_the_configuration_has_wrong_shows_before_training(
 def test_a_model_that_cannot_vote_has_one_protocol_which_is_checked_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_batches", None)
+    monkeypatch.setattr(training, "shuffled_batches", None)
     monkeypatch.setattr(ClipModel, "votes", False)
     changes = {"methods": ["pam", "condu_lora"], "protocols": ["agnostic"]}
     with pytest.raises(

@@ -1,6 +1,8 @@
 """A benchmark and a CLIP so small that a whole run takes a second; and, as a script, kills.
 
-    python tiny_run.py run FOLDER     a run, also under a launcher of several processes
+    python tiny_run.py run FOLDER [METHOD…]
+                                      a run, also under a launcher of several processes; of two
+                                      steps a task if methods are given
     python tiny_run.py kill FOLDER METHOD…
                                       a run killed before each of its renames in turn, and resumed
 
@@ -13,6 +15,7 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
@@ -29,6 +32,7 @@ from torch import Tensor
 from condu.config import RunConfig, make_config
 from condu.models.clip import ClipModel
 from condu.tasks.benchmark import Benchmark, Task
+from condu.tasks.reference import ReferenceSet
 from condu.trainer import ContinualTrainer
 from condu.weights import load_weights
 from condu_ext import UnifiedDelta
@@ -61,7 +65,14 @@ def tiny_benchmark() -> Benchmark:
     hues = Task("hues", names, prompts, lambda split: Images(colours, split))
     names, prompts = ("dark", "grey", "light"), ("a picture of {}",)
     tones = Task("tones", names, prompts, lambda split: Images(greys, split))
-    return Benchmark("tiny", (hues, tones))
+    return Benchmark("tiny", (hues, tones), tiny_reference)
+
+
+def tiny_reference() -> ReferenceSet:
+    """Squares in colours of no task."""
+    images = Images([(190, 190, 60), (60, 190, 190), (190, 60, 190)], "train")
+    captions = ("a dark picture of red", "a photo of light green", "a grey picture", "a blue photo")
+    return ReferenceSet([images[i][0] for i in range(len(images))], captions)
 
 
 def tiny_clip() -> ClipModel:
@@ -99,6 +110,8 @@ def tiny_config(**changes: Any) -> RunConfig:
         "training": {"steps": 16, "batch_size": 16, "lr": 3e-3},
         "lora": {"rank": 4, "lr": 0.03, "targets": ["c_fc", "c_proj", "attn"]},
         "pam": {"rank": 4, "period": 2},
+        "zscl": {"batch_size": 16, "average_every": 4},
+        "rail": {"hidden": 64},
         "evaluation": {"batch_size": 16},
     }
     for key, value in changes.items():
@@ -177,10 +190,24 @@ def kill(folder: Path, methods: Sequence[str]) -> None:
     print(json.dumps([outcome(folder / "undisturbed"), *outcomes]))
 
 
+def run_in_two_processes(out: Path, *methods: str) -> None:
+    """A run of this script in a launcher's two processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launch, __file__, "run", str(out), *methods],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     action, folder = sys.argv[1], Path(sys.argv[2])
     if action == "kill":
         kill(folder, sys.argv[3:])
     else:
-        tiny_trainer(folder).run()
+        short: dict[str, Any] = {"methods": sys.argv[3:], "training": {"steps": 2}}
+        tiny_trainer(folder, **(short if sys.argv[3:] else {})).run()

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from condu.config import ConfigError
+from condu.models.clip import ClipModel
+
 if TYPE_CHECKING:
     from condu.evaluation import Protocol
     from condu.tuning import Tuner
@@ -60,6 +63,18 @@ class Method(ABC):
     @abstractmethod
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
         """Accuracy (percent) on every dataset of the benchmark after task `index`, by protocol."""
+
+
+def clip_model_of(method: Method) -> ClipModel:
+    """The live model of a method that works on CLIP models alone. Raises `ConfigError` for another
+    kind, so it is to be called when the method is made."""
+    live = method.workspace.live
+    if not isinstance(live, ClipModel):
+        raise ConfigError(
+            f"methods: {method.name!r} compares images with texts, for which it takes a CLIP model;"
+            f" model.name is {live.name!r}"
+        )
+    return live
 
 
 METHODS: dict[str, type[Method]] = {}

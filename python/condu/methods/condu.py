@@ -47,23 +47,29 @@ class ConDUFineTuning(Method):
             self.protocols = ("task-id",)
 
     def learn(self, index: int) -> Learned:
-        workspace, tuner = self.workspace, self.tuner
-        finetuned = tuner.finetune(index)
+        workspace = self.workspace
+        finetuned = self.tuner.finetune(index)
         if not workspace.accelerator.is_main_process:
             return Learned(train=finetuned.seconds)
-        task = workspace.benchmark.tasks[index]
-        fuse = 0.0
-        if task.name not in self.fusion.tasks:
-            tuner.put(finetuned)
-            began = time.perf_counter()
-            self.fusion.absorb(task.name)  # and puts θ_0 back into the live model
-            fuse = time.perf_counter() - began
-            self.fusion.save_pretrained(self._state)
+        fuse = self.fuse(index)
         began = time.perf_counter()
         if workspace.live.votes:
-            workspace.add_prototypes(task, self.fusion)
+            workspace.add_prototypes(workspace.benchmark.tasks[index], self.fusion)
         evaluate = time.perf_counter() - began
         return Learned(train=finetuned.seconds, fuse=fuse, evaluate=evaluate)
+
+    def fuse(self, index: int) -> float:
+        """Bring a fine-tuned task into the unified model, unless it is there; returns the seconds
+        that took without reading and writing files."""
+        task = self.workspace.benchmark.tasks[index].name
+        if task in self.fusion.tasks:
+            return 0.0
+        self.tuner.put(self.tuner.finetuned(index))
+        began = time.perf_counter()
+        self.fusion.absorb(task)  # and puts θ_0 back into the live model
+        seconds = time.perf_counter() - began
+        self.fusion.save_pretrained(self._state)
+        return seconds
 
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
         scorer = self.tuner.scorer

@@ -9,57 +9,51 @@ import time
 from typing import ClassVar
 
 from condu.methods.base import Learned, register
-from condu.methods.sequential import Sequential
+from condu.methods.merging import Merged, Merging
 from condu.pam import AlignedMerging
 from condu.tuning import Trained
-from condu.weights import copy_weights, load_facts, save_weights
+from condu.weights import copy_weights, load_facts
 from condu.workspace import Tuning
 
 
 @register
-class PAM(Sequential):
+class PAM(Merging):
     """As `sequential_lora`, but what each task leaves is merged into what there was."""
 
     name: ClassVar[str] = "pam"
     tuning: ClassVar[Tuning] = "pam"
     aligns: ClassVar[bool] = True
+    _merging: AlignedMerging
 
     def learn(self, index: int) -> Learned:
         if index == 0:  # the first task's adapter is the global one
             return Learned(train=self.tuner.finetune(0).seconds)
-        tuner, accelerator = self.tuner, self.workspace.accelerator
-        accelerator.wait_for_everyone()  # the main process may still be writing
-        start = self._latest(index - 1)
-        task = self.workspace.benchmark.tasks[index]
-        if start.task == task.name:  # a kill came after this very step
-            return self._learned(start, fuse=0.0)
-        merging = self._merging()
+        return super().learn(index)
+
+    def train(self, index: int, start: Trained | None) -> Trained:
+        assert start is not None  # only the first task has none
+        tuner = self.tuner
+        options = self.workspace.config.pam.model_dump(exclude={"rank"})
+        self._merging = AlignedMerging(tuner.live.model, align=self.aligns, **options)
         with tuner.using({}):
-            merging.resume(start.load(), tasks=index)
-        trained = tuner.train(
-            self.folder / "finetuned.safetensors", index, start=start, after_step=merging.align
+            self._merging.resume(start.load(), tasks=index)
+        return tuner.train(
+            self.folder / "finetuned.safetensors",
+            index,
+            start=start,
+            after_step=self._merging.align,
         )
-        if not accelerator.is_main_process:
-            return Learned(train=trained.seconds)
+
+    def merge(self, start: Trained | None, trained: Trained) -> Merged:
+        tuner = self.tuner
         with tuner.using(trained.load()):
             began = time.perf_counter()
-            misaligned = merging.merge()
-            fuse = time.perf_counter() - began
-            save_weights(
-                self._file,
-                copy_weights(tuner.live.model, tuner.names),
-                task=task.name,
-                seconds=repr(trained.seconds),
-                loss=repr(trained.loss),
-                misaligned=repr(misaligned),
-            )
-        return self._learned(Trained.open(self._file), fuse)
+            misaligned = self._merging.merge()
+            seconds = time.perf_counter() - began
+            weights = copy_weights(tuner.live.model, tuner.names)
+        return Merged(weights, seconds, {"misaligned": repr(misaligned)})
 
-    def _merging(self) -> AlignedMerging:
-        options = self.workspace.config.pam.model_dump(exclude={"rank"})
-        return AlignedMerging(self.tuner.live.model, align=self.aligns, **options)
-
-    def _learned(self, merged: Trained, fuse: float) -> Learned:
+    def learned(self, merged: Trained, fuse: float) -> Learned:
         misaligned = float(load_facts(merged.path)["misaligned"])
         return Learned(train=merged.seconds, fuse=fuse, misaligned=misaligned)
 

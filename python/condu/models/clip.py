@@ -55,7 +55,7 @@ class ClipModel:
     def objective(self, task: Task, label_smoothing: float) -> Objective:
         """Cross-entropy of exp(logit_scale)·image·textᵀ over the task's classes, text from its
         first template (ConDU, arXiv 2503.10705, and its code)."""
-        prompts = self.tokenize([task.templates[0].format(name) for name in task.classnames])
+        prompts = self.tokenize(task.prompts)
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
             pixels, labels = batch

@@ -10,6 +10,8 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from condu.tasks.reference import ReferenceSet
+
 Split = Literal["train", "test"]
 
 
@@ -57,6 +59,11 @@ class Task:
                     f"task {self.name!r}: template {template!r} needs exactly one '{{}}'"
                 )
 
+    @property
+    def prompts(self) -> list[str]:
+        """What training calls the classes: each in the first template."""
+        return [self.templates[0].format(name) for name in self.classnames]
+
     def dataset(self, split: Split, transform: Callable[[Image], Tensor]) -> TransformedDataset:
         """Data set of (float32 tensor [3, H, W], int label); ValueError for an unknown split."""
         if split not in ("train", "test"):
@@ -68,11 +75,13 @@ class Task:
 class Benchmark:
     """Tasks in training order, all of one kind (`Task`, `VqaTask`), with unique names.
 
+    reference: images and captions of other things, if the benchmark comes with any.
     workers: processes that are to prepare batches; 0 where examples are in memory or cheap.
     """
 
     name: str
     tasks: tuple[Any, ...]
+    reference: Callable[[], ReferenceSet] | None = None
     workers: int = 0
 
     def __post_init__(self) -> None:

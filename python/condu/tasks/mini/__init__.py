@@ -13,6 +13,7 @@ from condu.tasks.benchmark import Benchmark, Task
 from condu.tasks.mini import draw
 from condu.tasks.mini.concepts import NUMBERS
 from condu.tasks.mini.domains import DIGIT_TEMPLATES, DOMAINS, Domain
+from condu.tasks.mini.reference import mini_reference
 
 _DIGITS_TEST = 0.2  # share of each handwritten digit that is held out
 
@@ -68,8 +69,8 @@ def mini_benchmark(seed: int = 0) -> Benchmark:
     """Seven tasks of 8 to 26 classes, about 1200 training and 300 test images each.
 
     ``seed`` decides every rendered pixel and the split of the handwritten digits. Images are
-    kept in memory once rendered.
+    kept in memory once rendered. The reference set is that of `condu.tasks.mini.reference`.
     """
     tasks = [Task(d.name, d.classnames, d.templates, partial(_render, d, seed)) for d in DOMAINS]
     tasks.append(Task("digits", NUMBERS, DIGIT_TEMPLATES, partial(_handwritten, seed)))
-    return Benchmark("mini", tuple(tasks))
+    return Benchmark("mini", tuple(tasks), partial(mini_reference, seed))

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import tiny_trainer
+from torch import Tensor
+
+from condu.config import ConfigError
+from condu.methods import rail_dual, rail_primal
+from condu.methods.rail import answer
+from condu.methods.rail_dual import KernelRidge
+from condu.methods.rail_primal import RecursiveRidge
+
+CPU = torch.device("cpu")
+SIZES = (3, 5, 4)  # classes of each task
+
+
+@pytest.fixture
+def tasks() -> list[tuple[Tensor, Tensor]]:
+    """Normalised features [M, 6] and labels through all tasks; some images twice."""
+    torch.manual_seed(0)
+    found, first = [], 0
+    for classes in SIZES:
+        features = torch.nn.functional.normalize(torch.randn(40, 6), dim=1)
+        features[-3:] = features[:3]
+        found.append((features, torch.randint(first, first + classes, (40,))))
+        first += classes
+    return found
+
+
+def joined(tasks: list[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    """All features, and one-hot labels."""
+    features = torch.cat([features for features, _ in tasks]).double().numpy()
+    labels = torch.cat([labels for _, labels in tasks]).numpy()
+    return features, np.eye(sum(SIZES[: len(tasks)]))[labels]
+
+
+def test_recursive_ridge_equals_the_joint_solution_after_every_task(
+    tasks: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rail_primal, "BATCH", 7)  # does not divide 40
+    ridge = RecursiveRidge(50, 0.1, seed=3, device=CPU)
+    images = torch.randn(20, 6)
+    for count, (features, labels) in enumerate(tasks, start=1):
+        ridge.absorb(features, labels, sum(SIZES[:count]))
+        x, y = joined(tasks[:count])
+        assert ridge._random is not None
+        phi = np.maximum(x @ ridge._random.numpy(), 0)
+        joint = np.linalg.solve(phi.T @ phi + 0.1 * np.eye(50), phi.T @ y)
+        np.testing.assert_allclose(ridge.weights.numpy(), joint, rtol=0, atol=1e-10)
+        expected = np.maximum(images.double().numpy() @ ridge._random.numpy(), 0) @ joint
+        np.testing.assert_allclose(ridge.scores(images).numpy(), expected, rtol=0, atol=1e-9)
+
+
+def test_random_weights_are_those_of_the_seed_and_no_larger_than_the_papers() -> None:
+    features, labels = torch.rand(4, 16), torch.arange(4)
+    one, same, other = (RecursiveRidge(500, 0.1, seed=s, device=CPU) for s in (1, 1, 2))
+    for ridge in (one, same, other):
+        ridge.absorb(features, labels, 4)
+    assert torch.equal(one.scores(features), same.scores(features))
+    assert not torch.equal(one.scores(features), other.scores(features))
+    assert one._random is not None
+    assert 0.24 < float(one._random.abs().max()) <= 0.25
+    assert abs(float(one._random.mean())) < 0.01
+
+
+def test_kernel_ridge_equals_the_joint_solution_after_every_task(
+    tasks: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rail_dual, "BATCH", 7)
+    kernel = KernelRidge(0.1, 1e-3, device=CPU)
+    images = torch.randn(20, 6)
+    for count, (features, labels) in enumerate(tasks, start=1):
+        kernel.absorb(features, labels)
+        x, y = joined(tasks[:count])
+
+        def gaussian(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return np.exp(-0.1 * ((a[:, None] - b[None]) ** 2).sum(-1))
+
+        alpha = np.linalg.solve(gaussian(x, x) + 1e-3 * np.eye(len(x)), y)
+        expected = gaussian(images.double().numpy(), x) @ alpha
+        scores = kernel.scores(images, y.shape[1]).numpy()
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-9)
+
+
+def test_the_adapter_has_a_say_where_zero_shot_recognises_a_seen_class() -> None:
+    logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 5.0]]).log_softmax(1)
+    adapter = torch.tensor([[-0.5, 1.5], [9.0, 9.0]])
+    p = logits.double().exp()
+    expected = p.clone()
+    expected[0] = 0.2 * p[0] + 0.8 * torch.tensor([-0.5, 1.5, 0.0])
+    torch.testing.assert_close(answer(logits, adapter, 0.8), expected)
+    torch.testing.assert_close(answer(logits, adapter[:, :0], 0.8), p)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    trainer = tiny_trainer(
+        tmp_path_factory.mktemp("runs") / "run", methods=["zero_shot", "rail_primal", "rail_dual"]
+    )
+    methods: dict[str, Any] = trainer.run()["methods"]
+    return methods
+
+
+@pytest.mark.parametrize("method", ["rail_primal", "rail_dual"])
+def test_unseen_tasks_are_answered_zero_shot_and_seen_ones_are_not_forgotten(
+    results: dict[str, Any], method: str
+) -> None:
+    rows, zero_shot = results[method]["task-id"]["matrix"], results["zero_shot"]["task-id"]
+    assert rows[0][1] == zero_shot["matrix"][0][1]
+    assert rows[0][0] > zero_shot["matrix"][0][0] + 30
+    assert rows[1][0] > rows[0][0] - 5
+    assert rows[1][1] > rows[0][1] + 30
+
+
+@pytest.mark.parametrize("method", ["rail_primal", "rail_dual"])
+def test_without_the_adapter_it_is_zero_shot(tmp_path: Path, method: str) -> None:
+    changes: dict[str, Any] = {"rail": {"weight": 0.0, "hidden": 8}}
+    methods = tiny_trainer(tmp_path / "run", methods=["zero_shot", method], **changes).run()[
+        "methods"
+    ]
+    for protocol in ("task-id", "agnostic"):
+        assert methods[method][protocol]["matrix"] == methods["zero_shot"][protocol]["matrix"]
+
+
+def test_a_kernel_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rail_dual, "available_memory", lambda device: 8 * 48**2 - 1)
+    with pytest.raises(ConfigError, match=r"'rail_dual' needs .* of 48 training images"):
+        tiny_trainer(tmp_path / "run", methods=["rail_dual"]).run()
