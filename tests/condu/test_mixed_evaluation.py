@@ -31,10 +31,10 @@ def test_towers_run_in_the_given_context_and_nothing_else_does() -> None:
     seen: set[torch.dtype] = set()
     dtypes_of(clip.model.visual.conv1, seen)
     dtypes_of(clip.model.transformer.resblocks[0].mlp.c_fc, seen)
-    plain = clip.evaluator(benchmark, batch_size=32)._frozen_answers(task)
+    plain = clip.evaluator(benchmark, batch_size=32).frozen_answers(task)
     assert seen == {torch.float32}
     seen.clear()
-    mixed = clip.evaluator(benchmark, batch_size=32, autocast=bfloat16)._frozen_answers(task)
+    mixed = clip.evaluator(benchmark, batch_size=32, autocast=bfloat16).frozen_answers(task)
     assert seen == {torch.bfloat16}
     assert mixed.features.dtype == mixed.logits.dtype == torch.float32
     assert not torch.equal(mixed.features, plain.features)
