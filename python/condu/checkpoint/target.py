@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
+import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -19,9 +21,9 @@ from condu.checkpoint.journal import Journal, Record, journals, read_journals
 from condu_ext.files import naming, sync
 from condu_ext.fingerprint import file_fingerprint
 from condu_ext.manifest import generation_of
-from condu_ext.storage import writer_lock
+from condu_ext.storage import LOCK, writer_lock
 
-_LOCK = ".lock"
+_PATIENCE = 5.0  # seconds until all see a file: those that share a disk may remember what it had
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Target:
             OSError: the folder cannot be made or written.
             RuntimeError: another process is writing there.
         """
-        new = [self.folder / _LOCK, self.folder, *self.folder.parents]
+        new = [self.folder / LOCK, self.folder, *self.folder.parents]
         self._made = [path for path in new if not path.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +78,32 @@ class Target:
         if generation is not None:
             self.generation = generation
         self.claimed = True
+
+    def mark(self) -> str:
+        """Leave a mark in the lock, for the others to find; by the process that claimed it."""
+        mark = uuid.uuid4().hex
+        (self.folder / LOCK).write_text(mark)
+        return mark
+
+    def find(self, mark: str) -> None:
+        """Look for another process's mark.
+
+        Raises:
+            OSError: it is not there, so this is another folder than the other process's.
+        """
+        begin = time.monotonic()
+        while not self._shows(mark):
+            if time.monotonic() - begin > _PATIENCE:
+                raise OSError(
+                    f"{self.folder.resolve()} is not the folder that the first process writes: "
+                    "all processes must see the same one"
+                )
+            time.sleep(0.1)
+
+    def _shows(self, mark: str) -> bool:
+        with suppress(OSError):
+            return (self.folder / LOCK).read_text() == mark
+        return False
 
     def start_anew(self, stale: Iterable[str]) -> None:
         """If there is nothing to go on from: remove what another run left, its journals and
@@ -160,6 +188,20 @@ class Target:
         """Whether a journal lists a finished shard."""
         return bool(read_journals(self.folder, self._job)[1])
 
+    def check_whole(self, records: Iterable[Record]) -> None:
+        """All files of all shards are there.
+
+        Raises:
+            OSError: one is missing, or has another size than what was written.
+        """
+        for name, expected in (item for record in records for item in record.files.items()):
+            size = (self.folder / name).stat().st_size
+            if size != expected["size"]:
+                raise OSError(
+                    f"{self.folder / name}: has {size} bytes, {expected['size']} were written; "
+                    "was it changed meanwhile?"
+                )
+
     def commit_state(self, stale: Iterable[str]) -> None:
         """After the commit of a state: remove journals and ``stale``."""
         self.claimed = False
@@ -176,7 +218,7 @@ class Target:
             sync(path)
         os.replace(self.folder, place)
         self.claimed = False
-        for path in (*journals(place), place / _LOCK):  # needed until here
+        for path in (*journals(place), place / LOCK):  # needed until here
             path.unlink(missing_ok=True)
         sync(place.parent)
 
