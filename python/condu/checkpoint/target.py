@@ -20,7 +20,7 @@ from pathlib import Path
 from condu.checkpoint.journal import Journal, Record, journals, read_journals
 from condu_ext.files import naming, sync
 from condu_ext.fingerprint import file_fingerprint
-from condu_ext.manifest import generation_of
+from condu_ext.manifest import CONFIG, CheckpointError, generation_of, read_manifest
 from condu_ext.storage import LOCK, writer_lock
 
 _PATIENCE = 5.0  # seconds until all see a file: those that share a disk may remember what it had
@@ -77,7 +77,6 @@ class Target:
         generation, self.finished = read_journals(self.folder, self._job)
         if generation is not None:
             self.generation = generation
-        self.claimed = True
 
     def mark(self) -> str:
         """Leave a mark in the lock, for the others to find; by the process that claimed it."""
@@ -106,8 +105,10 @@ class Target:
         return False
 
     def start_anew(self, stale: Iterable[str]) -> None:
-        """If there is nothing to go on from: remove what another run left, its journals and
+        """The folder is as it was checked, and everything that is written from here on is this
+        run's. If there is nothing to go on from: remove what another run left, its journals and
         ``stale``, and choose a generation."""
+        self.claimed = True
         if self.finished:
             return
         self._remove(stale)
@@ -235,11 +236,13 @@ class Target:
 
     def abandon(self, files: Iterable[str]) -> None:
         """Remove this run's files and journals, and the folders that it made, where they are empty
-        then. For the process that claimed the folder."""
+        then; nothing that the folder's state lists. For the process that claimed the folder."""
         if self._temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
-            self._remove(files)
+            with suppress(OSError, CheckpointError):  # an error is on its way already
+                kept = read_manifest(self.folder).files if (self.folder / CONFIG).exists() else {}
+                self._remove(name for name in files if name not in kept)
         self._unmake()
 
     def close(self) -> None:
