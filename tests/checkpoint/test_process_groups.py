@@ -214,6 +214,23 @@ def test_others_stop_at_once(
     assert contents(out) == expected["unify"]
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_one_hangs_while_others_wait(
+    commands: Commands, expected: Any, tmp_path: Path, rank: int
+) -> None:
+    out = tmp_path / "out"
+    begin = time.monotonic()
+    ends = together(3, on_rank, rank, commands, "unify", out, (3, stopped, ("pwrite",)), timeout=12)
+    assert time.monotonic() - begin < 12
+    assert ends.pop(rank).status is None
+    for end in ends:
+        assert isinstance(end.error, RuntimeError)
+        assert f"rank {rank} is gone" in str(end.error) or "gave up" in str(end.error)
+    assert not (out / "config.json").exists()
+    assert apart(commands.run, "unify", out).error is None
+    assert contents(out) == expected["unify"]
+
+
 def one_after_another(commands: Commands, folder: Path) -> None:
     """Calls of one group, after one of them failed on all."""
     commands.unit = CHUNK

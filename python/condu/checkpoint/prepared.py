@@ -75,7 +75,7 @@ class Prepared:
         target = Target(self.folder, self._digest(), temporary=self.temporary)
         runner = Runner(self.job, target, self.world, self.options)
         try:
-            with self.world.watching():
+            with self.world:
                 try:
                     with self.world.step(), runner.costs.of("verify"):
                         self._check_states(runner.costs)
