@@ -103,5 +103,5 @@ def test_backend_that_loses_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(world, "gather", gather)
     mine = World(0, 2, None, Present(dist.HashStore(), "run", 0, 2))
-    with pytest.raises(OtherGone, match="^another process is gone$"):
+    with pytest.raises(OtherGone, match=r"^another process is gone$"):
         mine._meet(None, "item")  # type: ignore[arg-type]

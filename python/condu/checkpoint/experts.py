@@ -26,11 +26,7 @@ def prepare_extract(
     with world.step() as step, closing(held):
         if format not in ("safetensors", "dcp"):
             raise ValueError(f"format must be 'safetensors' or 'dcp', not {format!r}")
-        place = Path(out)
-        if place.is_dir() and any(place.iterdir()):
-            raise ValueError(f"{place} is not empty; name a new folder for the model")
-        if place.exists() and not place.is_dir():
-            raise ValueError(f"{place} exists already")
+        place = _new_place(out)
         opened_state = held.enter_context(StateFiles(Path(state)))
         names = [entry.name for entry in opened_state.manifest.tasks]
         if task not in names:
@@ -44,7 +40,7 @@ def prepare_extract(
             "extract", [start], [task], options, states=[opened_state], format=format
         )
     commit = _Commit(job, start, place, format)
-    folder = place.resolve().with_name(f".{place.name}.unfinished")
+    folder = place.with_name(f".{place.name}.unfinished")
     return Prepared(
         job,
         folder,
@@ -57,6 +53,24 @@ def prepare_extract(
         temporary=True,
         held=held,
     )
+
+
+def _new_place(out: PathLike) -> Path:
+    """Where a new model goes, which is renamed to it when it is complete.
+
+    Raises:
+        ValueError: something is there that a folder cannot be renamed to.
+    """
+    place = Path(out).resolve()
+    if place.is_dir() and any(place.iterdir()):
+        raise ValueError(f"{place} is not empty; name a new folder for the model")
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"{place} exists already")
+    if place == Path.cwd():
+        raise ValueError(f"{place} is the current folder; name a new one for the model")
+    if place.is_mount():
+        raise ValueError(f"{place} is a disk of its own; name a folder on it for the model")
+    return place
 
 
 def _left_over(target: Target) -> list[str]:
