@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import contents
+from runs import contents, leftovers
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from condu import checkpoint
+from condu.cli import app
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +57,49 @@ def test_model_through_a_link() -> None:
     Path("dangling").symlink_to("elsewhere")
     extract("dangling")
     assert contents(Path("elsewhere")) == contents(Path("real"))
+
+
+def test_empty_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a variable that is not set; they do not mean the current folder."""
+    empty = ""
+    monkeypatch.chdir("state")
+    before = contents(Path())
+    there = Path("..").resolve()
+    tasks = {"b": there / "tuned.safetensors"}
+    for call in (
+        lambda: checkpoint.unify(there / "base", tasks, empty),
+        lambda: checkpoint.unify(empty, tasks, there / "new"),
+        lambda: checkpoint.unify(there / "base", {"b": empty}, there / "new"),
+        lambda: checkpoint.absorb(empty, "b", tasks["b"], base=there / "base"),
+        lambda: checkpoint.absorb(there / "state", "b", tasks["b"], empty, base=there / "base"),
+        lambda: checkpoint.merge(there / "state", empty, there / "new"),
+        lambda: checkpoint.extract(empty, "a", there / "new", base=there / "base"),
+        lambda: checkpoint.extract(there / "state", "a", empty, base=there / "base"),
+    ):
+        with pytest.raises(ValueError, match=r"^(out|state|model): the path is empty$"):
+            call()
+    extract = ["extract", "--base", str(there / "base"), "--task", "a"]
+    for arguments in ([*extract, str(there / "state"), "-o", empty], [*extract, empty, "-o", "x"]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        assert "the path is empty" in result.stderr
+    assert contents(Path()) == before
+
+
+def test_state_among_models() -> None:
+    """A state's files beside a model's would make that one unreadable."""
+    tasks = {"a": "tuned.safetensors"}
+    Path("base/config.json").unlink()
+    Path("other").mkdir()
+    save_file({"w": torch.zeros(5)}, "other/model-00001-of-00002.safetensors")
+    Path("link").symlink_to("base")
+    before = leftovers(Path())
+    for out in ("base", "link"):
+        with pytest.raises(ValueError, match="is one of the models; name a new folder"):
+            checkpoint.unify("base", tasks, out)
+    message = r"other holds a model \(model-00001-of-00002\.safetensors\)"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.unify("base", tasks, "other")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.absorb("state", "b", "tuned.safetensors", "other", base="base")
+    assert leftovers(Path()) == before

@@ -11,7 +11,7 @@ from condu.checkpoint.options import Options
 from condu.checkpoint.prepared import Prepared, Records
 from condu.checkpoint.sources import Source
 from condu.checkpoint.state_files import StateFiles
-from condu.checkpoint.states import PathLike, closing, device_of, identity_of, opened
+from condu.checkpoint.states import PathLike, closing, device_of, identity_of, opened, path_of
 from condu.checkpoint.target import Target
 from condu.checkpoint.world import World
 
@@ -27,7 +27,7 @@ def prepare_extract(
         if format not in ("safetensors", "dcp"):
             raise ValueError(f"format must be 'safetensors' or 'dcp', not {format!r}")
         place = _new_place(out)
-        opened_state = held.enter_context(StateFiles(Path(state)))
+        opened_state = held.enter_context(StateFiles(path_of("state", state)))
         names = [entry.name for entry in opened_state.manifest.tasks]
         if task not in names:
             raise KeyError(f"unknown task {task!r}; the state holds {', '.join(names)}")
@@ -61,7 +61,7 @@ def _new_place(out: PathLike) -> Path:
     Raises:
         ValueError: something is there that a folder cannot be renamed to.
     """
-    place = Path(out).resolve()
+    place = path_of("out", out).resolve()
     if place.is_dir() and any(place.iterdir()):
         raise ValueError(f"{place} is not empty; name a new folder for the model")
     if place.exists() and not place.is_dir():
