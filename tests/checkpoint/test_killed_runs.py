@@ -21,7 +21,7 @@ from condu.checkpoint import Options
 from condu.checkpoint.states import prepare_unify
 from condu_ext import FusionRule, UnifiedDelta, storage
 
-KILLS = 12  # of each command
+KILLS = 8  # of each command, and eight more towards its end
 
 
 @pytest.fixture(scope="module")

@@ -252,20 +252,16 @@ def test_group_serves_again_after_a_failure(
 
 
 def test_torchrun(commands: Commands, tmp_path: Path) -> None:
-    """The command line under torchrun, as one process makes it."""
-    arguments = ["unify", str(commands.folder / "base"), "-o"]
-    tasks = [text for t in TASKS for text in ("--task", f"{t}={commands.folder / t}")]
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    run += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    program = ["-m", "condu.checkpoint"]
-    for start, out in ((run, "two"), ([sys.executable], "one")):
-        subprocess.run(
-            [*start, *program, *arguments, str(tmp_path / out), *tasks, "--quiet"],
-            check=True,
-            timeout=120,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    """The command line under torchrun."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    program += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    program += ["-m", "condu.checkpoint", "unify", str(commands.folder / "base")]
+    program += [text for t in TASKS for text in ("--task", f"{t}={commands.folder / t}")]
+    program += ["-o", str(tmp_path / "two"), "--quiet"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(program, check=True, timeout=120, env=environment)
+    assert apart(commands.run_in, 2 << 30, "unify", tmp_path / "one").error is None
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def free_port() -> int:

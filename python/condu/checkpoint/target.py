@@ -127,8 +127,8 @@ class Target:
             wanted += file.size
         if (free := shutil.disk_usage(self.folder).free) < wanted:
             raise OSError(
-                f"{self.folder}: {wanted / 1e9:.1f} GB are to be written, but the disk has "
-                f"{free / 1e9:.1f} GB free"
+                f"{self.folder}: {wanted / 1e6:.1f} MB are to be written, but the disk has "
+                f"{free / 1e6:.1f} MB free"
             )
 
     def begin(self, rank: int) -> None:
