@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def _run(
 
         options = Options(
             max_memory=_bytes(chosen["max_memory"]),
-            device=chosen["device"],
+            device=_device(chosen["device"]),
             match_dtype=chosen["match_dtype"],
             on_mismatch=chosen["on_mismatch"],
             allow_pickle=chosen["allow_pickle"],
@@ -248,6 +249,12 @@ def _tasks(given: list[str]) -> dict[str, str]:
             raise ValueError(f"--task {name!r} is given twice")
         tasks[name] = where
     return tasks
+
+
+def _device(name: str) -> str:
+    """Of several GPUs that of this process, as torchrun numbers the processes of a machine."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if name == "cuda" and local is not None else name
 
 
 def _bytes(text: str) -> int:

@@ -60,11 +60,14 @@ class StateJob:
         numels, tasks = unit.numels, len(self.fusion.tasks)
         if not numels:
             return Outcome([], sums=torch.zeros(self.chunk_rows, 0, dtype=torch.float64))
-        out, other = (room.state(numels, tasks, self.dtype) for _ in range(2))
+        out = room.state(numels, tasks, self.dtype)
         sums = self.fusion.fuse(unit, inputs, out, self.rule)
         self._check_values(unit, sums)
-        self.fusion.fuse(unit, inputs, other, ranges.opposite(self.rule))
-        decided = ranges.zero_sums(out, other, numels).tolist()
+        decided = [0] * len(numels)
+        if tasks > 1:  # one task's sum is zero only where it did not move
+            other = room.state(numels, tasks, self.dtype)
+            self.fusion.fuse(unit, inputs, other, ranges.opposite(self.rule))
+            decided = ranges.zero_sums(out, other, numels).tolist()
         base = [as_bytes(t) for t in inputs.models.theta_0] if inputs.models else []
         return Outcome(self._written(unit, out, generation), base, sums, decided)
 
