@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,24 @@ def test_state_among_models() -> None:
     with pytest.raises(ValueError, match=message):
         checkpoint.absorb("state", "b", "tuned.safetensors", "other", base="base")
     assert leftovers(Path()) == before
+
+
+def test_odd_files_beside_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They neither stop a command nor hang it; and models of their own are not copied."""
+    base = Path("base")
+    (base / "gone").symlink_to("nowhere")
+    os.mkfifo(base / "pipe")
+    (base / "secret").write_text("")
+    (base / "processor").mkdir()
+    (base / "processor" / "words.txt").write_text("a b")
+    for other in ("state", "processor/other"):
+        checkpoint.unify(base, {"a": "tuned.safetensors"}, base / other)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: p.name != "secret" and access(p, mode))
+    lines: list[str] = []
+    options = checkpoint.Options(report=lines.append)
+    checkpoint.extract("state", "a", "expert", base=base, options=options)
+    assert leftovers(Path("expert")) == [
+        "config.json", "model.safetensors", "processor", "processor/words.txt"
+    ]  # fmt: skip
+    assert [line.split()[0] for line in lines] == ["base/gone", "base/pipe", "base/secret"]
