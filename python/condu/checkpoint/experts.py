@@ -112,5 +112,8 @@ class _Commit:
                 shutil.copyfile(folder / file, to)
         target.commit_folder(self._out)
 
-    def others(self, target: Target) -> list[str]:
-        return []
+    def others(self, generation: int) -> dict[str, int]:
+        if self._out.suffix == ".safetensors":
+            return {}
+        folder = getattr(self._base, "folder", None) or Path()
+        return {str(file): (folder / file).stat().st_size for file in self._beside}

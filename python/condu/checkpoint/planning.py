@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from condu.checkpoint.job import size_text
+from condu.checkpoint.costs import size_text
 from condu.checkpoint.memory import resident, rooms, workers_and_elements
 from condu.checkpoint.prepared import Prepared
 from condu.checkpoint.units import Unit, cut
@@ -93,8 +93,9 @@ def plan(prepared: Prepared) -> Plan:
     verified = sum(state.data_bytes for state in prepared.states)
     write_rate = _write_rate(prepared.folder)
     written = sum(f.size for k in range(len(job.shards)) for f in job.files(k, 1))
+    written += prepared.copied
     return Plan(
-        read=job.reads + verified,
+        read=job.reads + prepared.copied + verified,
         written=written,
         memory=memory,
         workers=workers,
