@@ -153,3 +153,13 @@ def test_private_tensors_need_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert size - 2000 < costs.written <= size
     assert expected.read == costs.read
     assert costs.read - 3_000_000 in range(80, 400)
+
+
+def test_one_file_under_the_name_that_is_looked_for() -> None:
+    shutil.copy("base/model.safetensors", "anything.safetensors")
+    extract("expert", base="anything.safetensors")
+    extract("expert.safetensors", base="anything.safetensors")
+    assert leftovers(Path("expert")) == ["model.safetensors"]
+    shutil.move("base/model.safetensors", "base/open_clip_model.safetensors")
+    extract("like the base")
+    assert leftovers(Path("like the base")) == ["config.json", "open_clip_model.safetensors"]
