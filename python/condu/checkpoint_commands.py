@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,10 +23,11 @@ app.add_typer(
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
-State = Annotated[Path, typer.Argument(metavar="STATE", help="Folder of a unified checkpoint.")]
+# paths as text, for Path takes an empty one, as of a variable that is not set, as "."
+State = Annotated[str, typer.Argument(metavar="STATE", help="Folder of a unified checkpoint.")]
 Base = Annotated[str, typer.Option(help="The pretrained model: folder, file, or hub id.")]
 Out = Annotated[
-    Path, typer.Option("--out", "-o", metavar="STATE", help="Folder of the new unified checkpoint.")
+    str, typer.Option("--out", "-o", metavar="STATE", help="Folder of the new unified checkpoint.")
 ]
 
 
@@ -93,7 +93,7 @@ def _run(
     from condu.checkpoint.options import Options
     from condu.checkpoint.world import World, launched
 
-    with launched():
+    with launched(lambda line: complain(line, kind="note")):
         talks = World.current().leads
 
         def report(line: str) -> None:
@@ -186,7 +186,7 @@ def absorb(
         str, typer.Option(metavar="NAME=FINETUNED", help="The task and its fine-tuned model.")
     ],
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--out",
             "-o",
@@ -207,8 +207,8 @@ def absorb(
 
 @_command("merge")
 def merge(
-    first: Annotated[Path, typer.Argument(metavar="STATE_A", help="A unified checkpoint.")],
-    second: Annotated[Path, typer.Argument(metavar="STATE_B", help="Another over the same base.")],
+    first: Annotated[str, typer.Argument(metavar="STATE_A", help="A unified checkpoint.")],
+    second: Annotated[str, typer.Argument(metavar="STATE_B", help="Another over the same base.")],
     out: Out,
     *,
     options: Any,
@@ -225,7 +225,7 @@ def extract(
     base: Base,
     task: Annotated[str, typer.Option(help="Name of the task.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="MODEL", help="Folder of the model to make.")
+        str, typer.Option("--out", "-o", metavar="MODEL", help="Folder of the model to make.")
     ],
     format: Annotated[
         str, typer.Option(help="safetensors, or dcp: a PyTorch distributed checkpoint.")

@@ -20,6 +20,9 @@ from runs import TASKS, Commands, contents, leftovers, make_models, values
 from test_failing_runs import change
 
 import condu_ext as cx
+from condu import checkpoint
+from condu.checkpoint import Options, target
+from condu.checkpoint.runner import Runner
 from condu_ext.layout import CHUNK
 
 COMMANDS = ["unify", "absorb", "merge", "extract"]
@@ -84,6 +87,50 @@ def test_more_processes_than_units(commands: Commands, expected: Any, tmp_path: 
     assert contents(tmp_path / "out") == expected["merge"]
 
 
+def in_places_of_their_own(commands: Commands, name: str, folder: Path) -> Any:
+    """A command on a relative path, where each process is in a folder of its own."""
+    place = folder / str(torch.distributed.get_rank())
+    place.mkdir()
+    os.chdir(place)
+    target._PATIENCE = 0.5
+    commands.before(name, Path("out"))
+    return commands.run(name, Path("out"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_folders_that_not_all_see(commands: Commands, tmp_path: Path, name: str) -> None:
+    ends = together(2, in_places_of_their_own, commands, name, tmp_path)
+    for end in ends:
+        assert isinstance(end.error, OSError)
+        assert f"{tmp_path / '1'}" in str(end.error)
+        assert "all processes must see the same" in str(end.error)
+    for rank in "01":
+        if name == "absorb":  # the old state
+            assert contents(tmp_path / rank / "out") == contents(commands.folder / "two")
+        else:
+            assert not leftovers(tmp_path / rank)
+
+
+def shortened(commands: Commands, out: Path) -> None:
+    """Somebody cuts a finished file short before the commit."""
+    run = Runner.run
+
+    def run_and_cut(runner: Runner) -> Any:
+        records = run(runner)
+        os.truncate(out / "unified-1-00002-of-00004.safetensors", 1000)
+        return records
+
+    Runner.run = run_and_cut  # type: ignore[method-assign]
+    commands.run("unify", out)
+
+
+def test_no_commit_of_files_that_are_not_there(commands: Commands, tmp_path: Path) -> None:
+    ended = apart(shortened, commands, tmp_path / "out")
+    assert isinstance(ended.error, OSError)
+    assert "unified-1-00002-of-00004.safetensors: has 1000 bytes" in str(ended.error)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 def within(seconds: float, *call: Any) -> list[Ended]:
     begin = time.monotonic()
     ends = together(*call)
@@ -142,6 +189,23 @@ def test_killed_one(commands: Commands, expected: Any, tmp_path: Path, rank: int
     assert contents(out) == expected["absorb"]
 
 
+def costs_of(folder: Path, out: Path) -> tuple[int, int, int, int]:
+    options = Options(workers=2)
+    a, base = folder / "two", folder / "base"
+    costs = checkpoint.absorb(a, "new", folder / "c", out, base=base, options=options)
+    return costs.read, costs.written, costs.verified, costs.workers
+
+
+def test_costs_are_those_of_all_processes(commands: Commands, tmp_path: Path) -> None:
+    one = apart(costs_of, commands.folder, tmp_path / "one").value
+    written = sum(f.stat().st_size for f in (tmp_path / "one").glob("*.safetensors"))
+    assert one[1] == pytest.approx(written, abs=10_000)  # headers
+    for end in together(2, costs_of, commands.folder, tmp_path / "two"):
+        assert end.value[:2] == pytest.approx(one[:2], abs=8)
+        assert end.value[2] == one[2] > 0
+        assert end.value[3] == 2 * one[3]
+
+
 def one_of_slow_ones(commands: Commands, out: Path, happens: Any) -> Any:
     """Something happens on rank 1, while the others would be busy for a quarter of a minute."""
     disk = (always, slow, ("preadv",))
@@ -163,6 +227,23 @@ def test_others_stop_at_once(
         assert isinstance(end.error, OSError if happens is full else RuntimeError)
         said = {full: "No space left", interrupted: "gave up", killed: "gone", stopped: "gone"}
         assert any(word in str(end.error) for word in (said[happens], "gave up"))
+    assert not (out / "config.json").exists()
+    assert apart(commands.run, "unify", out).error is None
+    assert contents(out) == expected["unify"]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_one_hangs_while_others_wait(
+    commands: Commands, expected: Any, tmp_path: Path, rank: int
+) -> None:
+    out = tmp_path / "out"
+    begin = time.monotonic()
+    ends = together(3, on_rank, rank, commands, "unify", out, (3, stopped, ("pwrite",)), timeout=12)
+    assert time.monotonic() - begin < 12
+    assert ends.pop(rank).status is None
+    for end in ends:
+        assert isinstance(end.error, RuntimeError)
+        assert f"rank {rank} is gone" in str(end.error) or "gave up" in str(end.error)
     assert not (out / "config.json").exists()
     assert apart(commands.run, "unify", out).error is None
     assert contents(out) == expected["unify"]

@@ -18,7 +18,7 @@ from condu.checkpoint.sources import Source, Stored
 from condu.checkpoint.state_files import StateFiles
 from condu.checkpoint.state_job import StateJob
 from condu.checkpoint.target import Target
-from condu.checkpoint.tensor_files import FileReader, as_bytes, new_header
+from condu.checkpoint.tensor_files import FileReader, StoredTensor, as_bytes, new_header
 from condu_ext import _C
 from condu_ext.files import replace
 from condu_ext.manifest import CONFIG, Manifest, TaskEntry, generation_of, read_manifest
@@ -98,10 +98,22 @@ class Commit:
         target.commit_state(_others(target, files))
         warn_of(died)
 
-    def others(self, target: Target) -> list[str]:
-        """Names of the files of private tensors."""
-        tasks = range(len(self._job.fusion.tasks))
-        return [_private_file(target.generation, number) for number in tasks]
+    def others(self, generation: int) -> dict[str, int]:
+        """The files of private tensors."""
+        return {
+            _private_file(generation, number): _header(source)[2]
+            for number, source in enumerate(self._private())
+            if source.tensors
+        }
+
+    def _private(self) -> list[_Tensors]:
+        """The private tensors of all tasks, those of old ones from their states."""
+        sources: list[_Tensors] = [
+            _PrivateOf(state, number)
+            for state in self._states
+            for number in range(len(state.manifest.tasks))
+        ]
+        return sources + [_Picked(m.source, m.private) for m in self._newcomers.values()]
 
     def _by_tensor(self, records: Records, what: str) -> list[Any]:
         found: dict[int, Any] = {}
@@ -138,7 +150,7 @@ class Commit:
             if not ((table[number] == 0) & (num[number] > 0)).any():
                 continue
             for k, tensors in enumerate(job.shards):
-                dead = [job.names[t] for t in tensors if table[number, t] == 0]
+                dead = [t for t in tensors if table[number, t] == 0]
                 if name := self._clear_bits(target, k, number, dead):
                     files[name] = files[name] | {"xxh3": target.fingerprint(name)}
             if before[number] and bool((table[number] == 0).all()):
@@ -146,34 +158,29 @@ class Commit:
         return died
 
     def _clear_bits(
-        self, target: Target, shard: int, task: int, names: Sequence[str]
+        self, target: Target, shard: int, task: int, tensors: Sequence[int]
     ) -> str | None:
         """Clear a task's masks of some tensors; the name of the file if any bit was set."""
-        _, *triggers = self._job.places(shard, target.generation)
+        file = target.folder / self._job.trigger_files(shard, target.generation)[task]
+        places = self._job.layout(shard).triggers.places
         changed = None
         with FileReader() as reader:
-            for place in (triggers[task][name] for name in names):
-                file = target.folder / place.file
-                for start in range(0, place.numel, _PIECE):
-                    bits = torch.empty(min(_PIECE, place.numel - start), dtype=torch.uint8)
-                    reader.read_bytes(file, place.offset + start, as_bytes(bits))
+            for tensor in tensors:
+                size = (self._job.numels[tensor] + 7) // 8
+                for start in range(0, size, _PIECE):
+                    bits = torch.empty(min(_PIECE, size - start), dtype=torch.uint8)
+                    reader.read_bytes(file, places[tensor] + start, as_bytes(bits))
                     if bits.any():
-                        target.write(file.name, place.offset + start, as_bytes(bits.zero_()))
+                        target.write(file.name, places[tensor] + start, as_bytes(bits.zero_()))
                         changed = file.name
         if changed:
             target.settle([changed])
         return changed
 
     def _copy_private(self, target: Target) -> dict[str, dict[str, Any]]:
-        """Write the private tensors of all tasks, those of old ones from their states."""
-        sources: list[_Tensors] = [
-            _PrivateOf(state, number)
-            for state in self._states
-            for number in range(len(state.manifest.tasks))
-        ]
-        sources += [_Picked(m.source, m.private) for m in self._newcomers.values()]
+        """Write the private tensors of all tasks."""
         files = {}
-        for number, source in enumerate(sources):
+        for number, source in enumerate(self._private()):
             if source.tensors:
                 name = _private_file(target.generation, number)
                 files[name] = _copied(target, name, source)
@@ -215,11 +222,13 @@ class _PrivateOf:
         self._state.read_private(self._task, name, start, stop, out)
 
 
+def _header(source: _Tensors) -> tuple[bytes, dict[str, StoredTensor], int]:
+    return new_header(Path(), [(t.name, t.dtype, t.shape) for t in source.tensors.values()])
+
+
 def _copied(target: Target, file: str, source: _Tensors) -> dict[str, Any]:
     """Write tensors into a file of their own, piece by piece; its size and checksum."""
-    header, places, size = new_header(
-        Path(file), [(t.name, t.dtype, t.shape) for t in source.tensors.values()]
-    )
+    header, places, size = _header(source)
     digest = xxhash.xxh3_64(header)
     target.write(file, 0, header)
     for name, tensor in source.tensors.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from condu.checkpoint.fingerprints import source_fingerprint
 from condu.checkpoint.job import Outcome
+from condu.checkpoint.options import Report
 from condu.checkpoint.room import Room
 from condu.checkpoint.safetensors_source import SafetensorsSource
 from condu.checkpoint.sources import Source, Stored
@@ -31,6 +31,8 @@ from condu_ext import ranges
 from condu_ext.layout import offsets
 from condu_ext.ranges import StateRange
 
+SINGLE = "model.safetensors"
+"""The name under which from_pretrained looks for weights in one file."""
 FILE_BYTES = 5 << 30
 """About the size of an output file where the base's files do not say: that of transformers."""
 
@@ -77,7 +79,6 @@ class ExtractJob:
         self.reads = sum(e.stored.nbytes for e in self.entries) + delta + bits // 8
         widest = max(entry.stored.dtype.itemsize for entry in self.entries)
         self.element_bytes = 2 * widest + state.manifest.dtype.itemsize + 1 / 8
-        self.files = lru_cache(maxsize=8)(self._files)
         self._places = lru_cache(maxsize=8)(self._new_places)
 
     def read(self, unit: Unit, room: Room) -> _Part:
@@ -156,7 +157,7 @@ class ExtractJob:
         contents = [(t.name, t.dtype, t.shape) for t in stored]
         return new_header(Path(self._file_names[shard]), contents, {"format": "pt"})
 
-    def _files(self, shard: int, generation: int) -> list[NewFile]:
+    def files(self, shard: int, generation: int) -> list[NewFile]:
         header, _, size = self._header(shard)
         return [NewFile(self._file_names[shard], header, size)]
 
@@ -180,18 +181,20 @@ class ExtractJob:
 
 def _groups(base: Source) -> dict[str, list[Stored]]:
     """The base's tensors by the name of the file that they go to."""
-    if isinstance(base, SafetensorsSource):
+    if isinstance(base, SafetensorsSource) and (base.folder or len(base.weights) > 1):
         groups: dict[str, list[Stored]] = {file.name: [] for file in base.weights}
         for tensor in base.tensors.values():
             groups[tensor.file.name].append(tensor)
         return groups
+    if isinstance(base, SafetensorsSource):  # one file, whatever its name
+        return {SINGLE: list(base.tensors.values())}
     parts: list[list[Stored]] = [[]]
     for stored in base.tensors.values():
         if parts[-1] and sum(t.nbytes for t in parts[-1]) + stored.nbytes > FILE_BYTES:
             parts.append([])
         parts[-1].append(stored)
     if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
+        return {SINGLE: parts[0]}
     count = len(parts)
     return {f"model-{k:05}-of-{count:05}.safetensors": p for k, p in enumerate(parts, start=1)}
 
@@ -224,18 +227,30 @@ def _entries(
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 
 
-def copy_others(folder: Path, out: Path) -> None:
-    """Copy what is in a model's folder beside the weights: configuration, tokenizer, processor."""
+def others_in(folder: Path, report: Report) -> list[Path]:
+    """What is in a model's folder beside the weights: configuration, tokenizer, processor; relative
+    to the folder. Folders in it that hold a model or a state of their own stay where they are, and
+    so does what is no file, or cannot be read; for these ``report`` gets a line.
+    """
+    found = []
     for path, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
+        if Path(path) != folder and any(map(_is_weights, files)):
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
             file = Path(path, name)
-            weights = name.endswith(_WEIGHTS) or name.endswith(".index.json")
-            if name.startswith(".") or weights:
+            if name.startswith(".") or _is_weights(name):
                 continue
-            to = out / file.relative_to(folder)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, to)
+            if file.is_file() and os.access(file, os.R_OK):
+                found.append(file.relative_to(folder))
+            else:
+                report(f"{file} is left out: it is no file that can be read")
+    return found
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(_WEIGHTS) or name.endswith(".index.json")
 
 
 def write_index(index: Mapping[str, Any], file: Path) -> None:

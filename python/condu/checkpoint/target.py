@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
+import time
+import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from condu.checkpoint.costs import size_text
+from condu.checkpoint.file_writer import FileWriter
 from condu.checkpoint.journal import Journal, Record, journals, read_journals
-from condu_ext.files import naming, sync
+from condu_ext.files import sync
 from condu_ext.fingerprint import file_fingerprint
-from condu_ext.manifest import generation_of
-from condu_ext.storage import writer_lock
+from condu_ext.manifest import CONFIG, CheckpointError, generation_of, read_manifest
+from condu_ext.storage import LOCK, writer_lock
 
-_LOCK = ".lock"
+_PATIENCE = 5.0  # seconds until all see a file: those that share a disk may remember what it had
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Target:
         self._made: list[Path] = []
         self._held = ExitStack()
         self._journal: Journal | None = None
-        self._descriptors: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._files = FileWriter(folder)
+        self.write, self.settle = self._files.write, self._files.settle
 
     def claim(self) -> None:
         """Make the folder, keep other writers out, and look for what an earlier run finished. For
@@ -64,7 +67,7 @@ class Target:
             OSError: the folder cannot be made or written.
             RuntimeError: another process is writing there.
         """
-        new = [self.folder / _LOCK, self.folder, *self.folder.parents]
+        new = [self.folder / LOCK, self.folder, *self.folder.parents]
         self._made = [path for path in new if not path.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,66 +78,69 @@ class Target:
         generation, self.finished = read_journals(self.folder, self._job)
         if generation is not None:
             self.generation = generation
-        self.claimed = True
+
+    def mark(self) -> str:
+        """Leave a mark in the lock, for the others to find; by the process that claimed it."""
+        mark = uuid.uuid4().hex
+        (self.folder / LOCK).write_text(mark)
+        self._held.callback(self._unmark)
+        return mark
+
+    def _unmark(self) -> None:
+        with suppress(OSError):  # it may have been removed, with the folder or without
+            os.truncate(self.folder / LOCK, 0)
+
+    def find(self, mark: str) -> None:
+        """Look for another process's mark.
+
+        Raises:
+            OSError: it is not there, so this is another folder than the other process's.
+        """
+        begin = time.monotonic()
+        while not self._shows(mark):
+            if time.monotonic() - begin > _PATIENCE:
+                raise OSError(
+                    f"{self.folder.resolve()} is not the folder that the first process writes: "
+                    "all processes must see the same one"
+                )
+            time.sleep(0.1)
+
+    def _shows(self, mark: str) -> bool:
+        with suppress(OSError):
+            return (self.folder / LOCK).read_text() == mark
+        return False
 
     def start_anew(self, stale: Iterable[str]) -> None:
-        """If there is nothing to go on from: remove what another run left, its journals and
+        """The folder is as it was checked, and everything that is written from here on is this
+        run's. If there is nothing to go on from: remove what another run left, its journals and
         ``stale``, and choose a generation."""
+        self.claimed = True
         if self.finished:
             return
         self._remove(stale)
         numbers = (generation_of(name) or 0 for name in os.listdir(self.folder))
         self.generation = 1 + max(numbers, default=0)
 
-    def make_room(self, unfinished: Iterable[Sequence[NewFile]]) -> None:
-        """Remove what there is of the files of these shards, and look whether all will fit.
+    def make_room(self, unfinished: Iterable[Sequence[NewFile]], more: int = 0) -> None:
+        """Remove what there is of the files of these shards, and look whether all will fit, and
+        ``more`` bytes beside them.
 
         Raises:
             OSError: the disk has less room than they take.
         """
-        wanted = 0
+        wanted = more
         for file in (file for files in unfinished for file in files):
             (self.folder / file.name).unlink(missing_ok=True)
             wanted += file.size
         if (free := shutil.disk_usage(self.folder).free) < wanted:
             raise OSError(
-                f"{self.folder}: {wanted / 1e6:.1f} MB are to be written, but the disk has "
-                f"{free / 1e6:.1f} MB free"
+                f"{self.folder}: {size_text(wanted)} are to be written, but the disk has "
+                f"{size_text(free)} free"
             )
 
     def begin(self, rank: int) -> None:
         """Open this process's journal."""
         self._journal = Journal(self.folder, rank, self._job, self.generation)
-
-    def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
-        """Put bytes at their place in a file.
-
-        Raises:
-            OSError: naming the file; the disk is full, and so on.
-        """
-        with naming(self.folder / name):
-            descriptor = self._open(name)
-            rest = memoryview(data)
-            while rest:
-                count = os.pwrite(descriptor, rest, offset)
-                rest, offset = rest[count:], offset + count
-
-    def settle(self, names: Iterable[str]) -> None:
-        """Close files of this process, with all that was written on disk.
-
-        Raises:
-            OSError: naming the file.
-        """
-        for name in names:
-            with self._lock:
-                descriptor = self._descriptors.pop(name, None)
-            if descriptor is None:
-                continue
-            try:
-                with naming(self.folder / name):
-                    os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
     def fingerprint(self, name: str) -> str:
         """xxh3 of a file, read anew."""
@@ -160,6 +166,20 @@ class Target:
         """Whether a journal lists a finished shard."""
         return bool(read_journals(self.folder, self._job)[1])
 
+    def check_whole(self, records: Iterable[Record]) -> None:
+        """All files of all shards are there.
+
+        Raises:
+            OSError: one is missing, or has another size than what was written.
+        """
+        for name, expected in (item for record in records for item in record.files.items()):
+            size = (self.folder / name).stat().st_size
+            if size != expected["size"]:
+                raise OSError(
+                    f"{self.folder / name}: has {size} bytes, {expected['size']} were written; "
+                    "was it changed meanwhile?"
+                )
+
     def commit_state(self, stale: Iterable[str]) -> None:
         """After the commit of a state: remove journals and ``stale``."""
         self.claimed = False
@@ -176,7 +196,7 @@ class Target:
             sync(path)
         os.replace(self.folder, place)
         self.claimed = False
-        for path in (*journals(place), place / _LOCK):  # needed until here
+        for path in (*journals(place), place / LOCK):  # needed until here
             path.unlink(missing_ok=True)
         sync(place.parent)
 
@@ -193,28 +213,21 @@ class Target:
 
     def abandon(self, files: Iterable[str]) -> None:
         """Remove this run's files and journals, and the folders that it made, where they are empty
-        then. For the process that claimed the folder."""
+        then; nothing that the folder's state lists. For the process that claimed the folder."""
         if self._temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
-            self._remove(files)
+            with suppress(OSError, CheckpointError):  # an error is on its way already
+                kept = read_manifest(self.folder).files if (self.folder / CONFIG).exists() else {}
+                self._remove(name for name in files if name not in kept)
         self._unmake()
 
     def close(self) -> None:
         """Close all files; another process may write in the folder again."""
         if self._journal is not None:
             self._journal.close()
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+        self._files.close()
         self._held.close()
-
-    def _open(self, name: str) -> int:
-        with self._lock:
-            if name not in self._descriptors:
-                flags = os.O_RDWR | os.O_CREAT
-                self._descriptors[name] = os.open(self.folder / name, flags, 0o666)
-            return self._descriptors[name]
 
     def _remove(self, names: Iterable[str]) -> None:
         for path in (*journals(self.folder), *(self.folder / name for name in names)):
