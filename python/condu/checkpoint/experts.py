@@ -43,6 +43,7 @@ def prepare_extract(
         step.claims["the command"] = identity = identity_of(
             "extract", [start], [task], options, states=[opened_state], format=format
         )
+        step.claims["the layout of the model"] = job.layout
     commit = _Commit(job, start, place, format)
     folder = place.resolve().with_name(f".{place.name}.unfinished")
     return Prepared(
