@@ -92,6 +92,13 @@ def test_masks_are_read_by_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert 2000 < 5 * max(sizes) <= 3000
 
 
+def test_more_bits_in_a_range_than_16_bits_count(tmp_path: Path) -> None:
+    cx.unify({task: {"w": torch.ones(70_001)} for task in "ab"}, None).save(tmp_path)
+    found = inspect(tmp_path)
+    assert [task.density for task in found.tasks] == [1.0, 1.0]
+    assert found.agreement == [[1.0, 1.0], [1.0, 1.0]]
+
+
 def test_the_rest_is_as_config_and_files_have_it(tmp_path: Path) -> None:
     rule = cx.FusionRule("zero", "tensor_mean")
     save(cx.unify({"a": {"w": torch.ones(9)}}, None, rule=rule), tmp_path)
