@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from apart import together
+from peft import LoraConfig, get_peft_model
 from range_models import load, model, moved, save
+from tiny_models import llava
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 from condu import checkpoint
-from condu.checkpoint import extracting
+from condu.checkpoint import Options, extracting
+from condu.checkpoint.dcp import write_dcp
 from condu.checkpoint.tensor_files import read_header
 
 WORDS = ("kiwi", "fig", "plum", "lime", "pear", "date", "nut", "sloe")
@@ -69,3 +74,33 @@ def test_processes_agree_on_the_layout(tmp_path: Path, headed: dict[str, Tensor]
         assert isinstance(end.error, ValueError)
         assert "the layout of the model" in str(end.error)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def hugging_face(base: Path, kind: str) -> Path:
+    """The same model as other programs leave it: beside its files, but not in safetensors."""
+    folder = Path(shutil.copytree(base, base.with_name(kind)))
+    if kind == "dcp":
+        write_dcp(folder)
+        return folder
+    torch.save(load(folder), folder / "pytorch_model.bin")
+    for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
+        file.unlink()
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", ["bin", "dcp"])
+def test_what_belongs_to_a_base_of_another_format(tmp_path: Path, kind: str) -> None:
+    """Configuration, processor, and the names that transformers knows weights by."""
+    model = llava(tmp_path / "hf", seed=0)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora")
+    base, options = hugging_face(tmp_path / "hf", kind), Options(allow_pickle=True)
+    checkpoint.unify(base, {"a": tmp_path / "lora"}, tmp_path / "state", options=options)
+    checkpoint.extract(tmp_path / "state", "a", tmp_path / "out", base=base, options=options)
+    texts = {p.name for p in (tmp_path / "hf").iterdir() if ".safetensors" not in p.name}
+    assert {"config.json", "tokenizer.json", "processor_config.json"} <= texts
+    assert {p.name for p in (tmp_path / "out").iterdir()} == texts | {"model.safetensors"}
+    found = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
+    for name, expected in adapted.merge_and_unload().state_dict().items():
+        assert torch.allclose(found[name], expected, atol=1e-6), name

@@ -176,7 +176,7 @@ def test_tables_of_few_tasks(tmp_path: Path) -> None:
     text = run(tmp_path)
     assert all(word in text for word in ("tiny", "2,550 parameters in 7 tensors", "not counted"))
     found = inspect(tmp_path)
-    assert r"'[red]\x1b[2J'" in text
+    assert r"[red]\x1b[2J" in text
     assert "\x1b" not in text
     for task in found.tasks:
         assert f"{task.rescaler[0]:.4f}" in text

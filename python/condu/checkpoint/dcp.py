@@ -55,7 +55,7 @@ class DistributedSource:
                 " them and runs nothing that is not torch's"
             )
         self.where = where
-        self._folder = folder
+        self.folder = folder
         self._reader = MetadataReader(folder)
         self.files: Sequence[Path] = self._reader.files
         model = self._reader.model()
@@ -112,7 +112,7 @@ class DistributedSource:
         except OSError:
             raise
         except Exception as error:  # a damaged pickle can fail as anything
-            raise ValueError(f"{self._folder}: {reason(error)}") from None
+            raise ValueError(f"{self.folder}: {reason(error)}") from None
 
 
 def write_dcp(folder: Path) -> None:

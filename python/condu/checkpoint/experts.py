@@ -72,7 +72,6 @@ class _Commit:
         self._job, self._base, self._out, self._format = job, base, out, format
 
     def __call__(self, target: Target, records: Records) -> None:
-        folder: Path | None = getattr(self._base, "folder", None)
         if self._out.suffix == ".safetensors":
             (name,) = (file.name for k in records for file in self._job.files(k, 0))
             target.commit_file(name, self._out)
@@ -84,8 +83,8 @@ class _Commit:
             from condu.checkpoint.dcp import write_dcp
 
             write_dcp(target.folder)
-        if folder is not None:
-            copy_others(folder, target.folder)
+        if self._base.folder is not None:
+            copy_others(self._base.folder, target.folder)
         target.commit_folder(self._out)
 
     def others(self, target: Target) -> list[str]:

@@ -230,6 +230,7 @@ def _entries(
 
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+_WEIGHTS += (".distcp",)
 
 
 def copy_others(folder: Path, out: Path) -> None:
