@@ -50,7 +50,8 @@ def verify_state(
         typer.Option(metavar="BASE", help="Also compare this model with the recorded base."),
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read a BASE of .bin or .pt files or a DCP folder.")
+        bool,
+        typer.Option("--allow-pickle", help="Read a BASE of .bin or .pt files or a DCP folder."),
     ] = False,
     debug: Debug = False,
 ) -> None:
