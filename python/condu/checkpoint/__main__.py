@@ -1,4 +1,4 @@
-"""``python -m condu.checkpoint …``: the commands for checkpoints of ``condu``, for torchrun to start.
+"""``python -m condu.checkpoint …``: condu's commands for checkpoints, for torchrun to start.
 
 Only they share their work among processes; of the state's commands one process is enough.
 """

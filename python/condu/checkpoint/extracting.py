@@ -230,7 +230,6 @@ def _entries(
 
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
-_WEIGHTS += (".distcp",)
 
 
 def copy_others(folder: Path, out: Path) -> None:
@@ -239,7 +238,7 @@ def copy_others(folder: Path, out: Path) -> None:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             file = Path(path, name)
-            weights = name.endswith(_WEIGHTS) or name.endswith(".index.json")
+            weights = name.endswith((*_WEIGHTS, ".distcp", ".index.json"))
             if name.startswith(".") or weights:
                 continue
             to = out / file.relative_to(folder)

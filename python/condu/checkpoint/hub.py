@@ -10,11 +10,9 @@ from condu.checkpoint.safetensors_source import INDEX, WEIGHTS, files_like
 
 _ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?", re.ASCII)
 _PICKLES = ("pytorch_model*.bin", "*pytorch_model.bin")
-# the same weights once more, for other programs; all else belongs to the model, its code as well
-_OTHER_FORMATS = tuple(
-    f"*.{kind}"
-    for kind in ["bin", "pt", "pth", "ckpt", "pkl", "npz", "h5", "msgpack", "ot", "onnx*", "gguf", "ggml", "llamafile", "tflite", "mlmodel", "distcp", "nemo", "tar*", "zip"]
-)
+# the same weights once more, as torch or other programs store them; all else belongs to the model
+_OF_TORCH = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.distcp", "*.nemo", "*.tar*", "*.zip")
+_OF_OTHERS = ("*.h5", "*.msgpack", "*.npz", "*.ot", "*.onnx*", "*.gguf", "*.ggml", "*.tflite")
 # parts of pipelines and second copies lie in folders; Mistral's second copy does not
 _COPIES = ("*/*.safetensors", "consolidated*")
 
@@ -32,7 +30,7 @@ def download(where: str, *, allow_pickle: bool) -> Path:
     match = _ID.fullmatch(where)
     if not match or Path(where).suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
         raise FileNotFoundError(f"{where}: no such file or folder")
-    folder = _fetch(where, match, ["*"], [*_OTHER_FORMATS, WEIGHTS])
+    folder = _fetch(where, match, ["*"], [*_OF_TORCH, *_OF_OTHERS, WEIGHTS])
     copies = _COPIES if files_like(folder, INDEX) else _COPIES[:1]
     folder = _fetch(where, match, [WEIGHTS], copies)
     if allow_pickle and not files_like(folder, WEIGHTS):
