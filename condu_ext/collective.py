@@ -11,14 +11,19 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch.distributed as dist
 import xxhash
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Self
+
+
+Exchange: TypeAlias = "Callable[[DeviceMesh, object], list[Any]]"
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,10 @@ class Step:
         ValueError: claims differ; the message names the claim, two ranks and both values.
     """
 
-    def __init__(self, mesh: DeviceMesh | None) -> None:
+    def __init__(self, mesh: DeviceMesh | None, exchange: Exchange | None = None) -> None:
+        """``exchange``: how to get everybody's items, where :func:`gather` alone does not do."""
         self._mesh = mesh
+        self._exchange = exchange or gather
         self.mine: Any = None
         self.all: list[Any] = []
         self.claims: dict[str, object] = {}
@@ -97,7 +104,7 @@ class Step:
         claims = {name: repr(value) for name, value in self.claims.items()}
         digest = xxhash.xxh3_64_hexdigest(repr(claims).encode())
         failure = _Failure.of(error) if error else None
-        outcomes = _gather(mesh, (failure, digest, None if error else self.mine))
+        outcomes = self._exchange(mesh, (failure, digest, None if error else self.mine))
         ranks = ranks_of(mesh)
         for rank, (failed, _, _) in zip(ranks, outcomes, strict=True):
             if failed == failure and error is not None:
@@ -105,7 +112,7 @@ class Step:
             if failed:  # the first one's for all, so that whoever handles errors stays in step
                 raise failed.on(rank) from error
         if any(other != digest for _, other, _ in outcomes):
-            _refuse_differing(ranks, _gather(mesh, claims))
+            _refuse_differing(ranks, self._exchange(mesh, claims))
         self.all = [mine for _, _, mine in outcomes]
 
 
@@ -115,7 +122,7 @@ def ranks_of(mesh: DeviceMesh) -> list[int]:
     return ranks
 
 
-def _gather(mesh: DeviceMesh, item: object) -> list[Any]:
+def gather(mesh: DeviceMesh, item: object) -> list[Any]:
     """``item`` of every process in the order of :func:`ranks_of`: along one dimension after the
     other, for each of them has a group."""
     items = [item]

@@ -47,7 +47,7 @@ from condu_ext.unified import UnifiedDelta
 from condu_ext.views import logical_bits, mask_bits, shaped_mask
 
 SHARD_BYTES = 1 << 30
-_LOCK = ".lock"
+LOCK = ".lock"
 
 
 def save(state: UnifiedDelta, path: str | os.PathLike[str]) -> None:
@@ -220,7 +220,7 @@ def writer_lock(directory: Path) -> Iterator[None]:
     Raises:
         RuntimeError: another process holds it. OSError: the folder cannot be written.
     """
-    with open(directory / _LOCK, "w") as lock:
+    with open(directory / LOCK, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

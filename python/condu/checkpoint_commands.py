@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,10 +23,11 @@ app.add_typer(
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
-State = Annotated[Path, typer.Argument(metavar="STATE", help="Folder of a unified checkpoint.")]
+# paths as text, for Path takes an empty one, as of a variable that is not set, as "."
+State = Annotated[str, typer.Argument(metavar="STATE", help="Folder of a unified checkpoint.")]
 Base = Annotated[str, typer.Option(help="The pretrained model: folder, file, or hub id.")]
 Out = Annotated[
-    Path, typer.Option("--out", "-o", metavar="STATE", help="Folder of the new unified checkpoint.")
+    str, typer.Option("--out", "-o", metavar="STATE", help="Folder of the new unified checkpoint.")
 ]
 
 
@@ -101,7 +102,7 @@ def _run(
 
         options = Options(
             max_memory=_bytes(chosen["max_memory"]),
-            device=chosen["device"],
+            device=_device(chosen["device"]),
             match_dtype=chosen["match_dtype"],
             on_mismatch=chosen["on_mismatch"],
             allow_pickle=chosen["allow_pickle"],
@@ -185,7 +186,7 @@ def absorb(
         str, typer.Option(metavar="NAME=FINETUNED", help="The task and its fine-tuned model.")
     ],
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--out",
             "-o",
@@ -206,8 +207,8 @@ def absorb(
 
 @_command("merge")
 def merge(
-    first: Annotated[Path, typer.Argument(metavar="STATE_A", help="A unified checkpoint.")],
-    second: Annotated[Path, typer.Argument(metavar="STATE_B", help="Another over the same base.")],
+    first: Annotated[str, typer.Argument(metavar="STATE_A", help="A unified checkpoint.")],
+    second: Annotated[str, typer.Argument(metavar="STATE_B", help="Another over the same base.")],
     out: Out,
     *,
     options: Any,
@@ -224,7 +225,7 @@ def extract(
     base: Base,
     task: Annotated[str, typer.Option(help="Name of the task.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="MODEL", help="Folder of the model to make.")
+        str, typer.Option("--out", "-o", metavar="MODEL", help="Folder of the model to make.")
     ],
     format: Annotated[
         str, typer.Option(help="safetensors, or dcp: a PyTorch distributed checkpoint.")
@@ -248,6 +249,12 @@ def _tasks(given: list[str]) -> dict[str, str]:
             raise ValueError(f"--task {name!r} is given twice")
         tasks[name] = where
     return tasks
+
+
+def _device(name: str) -> str:
+    """Of several GPUs that of this process, as torchrun numbers the processes of a machine."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if name == "cuda" and local is not None else name
 
 
 def _bytes(text: str) -> int:

@@ -84,8 +84,8 @@ def _runs(process: BaseProcess) -> bool:
         return False
     try:
         state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:  # it ended just now
-        return False
+    except OSError:  # it ended just now, and we shall hear of it
+        return True
     return state != "T"
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import condu_ext as cx
-from condu.checkpoint import memory
+from condu.checkpoint import Options, memory
 from condu.checkpoint.bar import progress_bar
 from condu.cli import app
 
@@ -264,3 +264,17 @@ def test_the_bar_shows_speed_and_time_left() -> None:
             time.sleep(0.15)
     shown = re.sub("\x1b[^a-zA-Z]*[a-zA-Z]", "", stream.getvalue())
     assert re.search(r"state .* 3\.0/4\.0 MB \d+\.\d MB/s left \d:\d\d:\d\d", shown)
+
+
+def test_processes_of_a_machine_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    seen: list[object] = []
+
+    def watch(job: object, options: Options) -> tuple[int, int]:
+        seen.append(options.device)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("condu.checkpoint.planning.workers_and_elements", watch)
+    for device in ("cuda", "cuda:1", "cpu"):
+        assert refused("plan", *UNIFY, "--device", device) == "enough"
+    assert seen == ["cuda:3", "cuda:1", "cpu"]

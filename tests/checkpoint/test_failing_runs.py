@@ -184,7 +184,7 @@ def test_full_disk(
 ) -> None:
     out, whole = tmp_path / "out", wholes(name)
     calls = whole.calls[call]
-    numbers = {0, calls - 2, calls - 1, *random.Random(name + call).sample(range(calls), 2)}
+    numbers = {0, calls - 2, calls - 1, random.Random(name + call).randrange(calls)}
     for number in sorted(numbers):
         commands.before(name, out)
         failed = apart(commands.run, name, out, (number, full, (call,)))
@@ -225,7 +225,7 @@ def without_room(function: Callable[..., Any], *arguments: object) -> Any:
 def test_no_room_is_seen_before_anything_is_written(commands: Commands, tmp_path: Path) -> None:
     ended = apart(without_room, commands.run, "unify", tmp_path / "new" / "out")
     assert isinstance(ended.error, OSError)
-    assert "2.5 MB" in str(ended.error) or "0.0 GB" in str(ended.error)
+    assert "2.5 MB are to be written, but the disk has 2.0 MB free" in str(ended.error)
     assert not leftovers(tmp_path)
 
 
@@ -250,7 +250,7 @@ def test_failure_around_the_commit(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
     out, whole = tmp_path / "out", wholes(name)
-    for number in range(1, 9):
+    for number in range(1, 8):
         commands.before(name, out)
         apart(commands.run, name, out, (whole.calls["all"] - number, full))
         assert (tmp_path / "other" / "file").read_text() == "mine"

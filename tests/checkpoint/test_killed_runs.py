@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from apart import apart, together
 from faults import Noted
-from runs import Commands, contents, make_models
+from runs import SHARD_BYTES, TASKS, Commands, contents, make_models
 from safetensors import safe_open
 
-from condu_ext import UnifiedDelta
+from condu.checkpoint import Options
+from condu.checkpoint.states import prepare_unify
+from condu_ext import FusionRule, UnifiedDelta, storage
 
-KILLS = 12  # of each command
+KILLS = 8  # of each command, and eight more towards its end
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +224,38 @@ def test_model_of_another_command(commands: Commands, tmp_path: Path) -> None:
     assert contents(out) == expected
     with safe_open(out / "model-00001-of-00003.safetensors", "pt") as model:
         assert list(model.keys()) == ["first"]
+
+
+def overtaken(commands: Commands, out: Path) -> None:
+    """Between a command's checks and its run another process commits there, and is killed."""
+    storage.SHARD_BYTES = SHARD_BYTES
+    tasks = {task: commands.folder / task for task in TASKS}
+    with prepare_unify(
+        commands.folder / "base",
+        tasks,
+        out,
+        rule=FusionRule(),
+        dtype=torch.float32,
+        private=(),
+        options=Options(),
+    ) as late:
+        call = (lambda _: (out / "config.json").exists(), None, ("unlink",))
+        child = os.fork()
+        if not child:
+            commands.run("unify", out, call)
+        os.waitpid(child, 0)
+        late.run()
+
+
+def test_overtaken(commands: Commands, tmp_path: Path) -> None:
+    """The same command, twice at a time: the second one leaves alone what the first one made."""
+    out = tmp_path / "out"
+    expected, _ = undisturbed(commands, "unify", out)
+    shutil.rmtree(out)
+    ended = apart(overtaken, commands, out)
+    assert isinstance(ended.error, ValueError)
+    assert "another process made a state there meanwhile" in str(ended.error)
+    assert expected.items() <= contents(out).items()
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 2), (2, 4)])

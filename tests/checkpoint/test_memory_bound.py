@@ -13,6 +13,7 @@ import pytest
 import torch
 from apart import apart
 from idle_job import LLAMA_70B, IdleJob
+from safetensors.torch import save_file
 
 from condu import checkpoint
 from condu.checkpoint import Options, memory
@@ -90,6 +91,27 @@ def test_least_memory(tmp_path: Path) -> None:
         before, most = ended.value
         assert most <= limit
         assert limit - before < 80 * MIB
+
+
+def many(folder: Path, limit: int) -> tuple[int, int]:
+    files = {f"task {k}": folder / "tuned.safetensors" for k in range(60)}
+    options = Options(max_memory=limit, workers=4)
+    return peak(checkpoint.unify, folder / "base.safetensors", files, folder / "s", options=options)
+
+
+def test_many_tasks_of_many_tensors(tmp_path: Path) -> None:
+    """Where memory is for lists, not for values: 1500 tensors of 3 elements, 60 tasks."""
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        tensors = {f"layers.{k}.weight": torch.full((3,), value) for k in range(1500)}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    needed = re.search(r"needs (\d+) MiB", str(apart(many, tmp_path, MIB).error))
+    assert needed
+    limit = int(needed[1]) * MIB
+    ended = apart(many, tmp_path, limit)
+    assert ended.error is None
+    before, most = ended.value
+    assert most <= limit
+    assert limit - before < 200 * MIB
 
 
 @pytest.mark.parametrize("workers", [1, 8])

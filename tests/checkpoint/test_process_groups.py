@@ -20,6 +20,8 @@ from runs import TASKS, Commands, contents, leftovers, make_models, values
 from test_failing_runs import change
 
 import condu_ext as cx
+from condu.checkpoint import target
+from condu.checkpoint.runner import Runner
 from condu_ext.layout import CHUNK
 
 COMMANDS = ["unify", "absorb", "merge", "extract"]
@@ -82,6 +84,50 @@ def test_more_processes_than_units(commands: Commands, expected: Any, tmp_path: 
     assert [end.error for end in ends] == [None] * 4
     assert not all(end.value["written"].keys() for end in ends)
     assert contents(tmp_path / "out") == expected["merge"]
+
+
+def in_places_of_their_own(commands: Commands, name: str, folder: Path) -> Any:
+    """A command on a relative path, where each process is in a folder of its own."""
+    place = folder / str(torch.distributed.get_rank())
+    place.mkdir()
+    os.chdir(place)
+    target._PATIENCE = 0.5
+    commands.before(name, Path("out"))
+    return commands.run(name, Path("out"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_folders_that_not_all_see(commands: Commands, tmp_path: Path, name: str) -> None:
+    ends = together(2, in_places_of_their_own, commands, name, tmp_path)
+    for end in ends:
+        assert isinstance(end.error, OSError)
+        assert f"{tmp_path / '1'}" in str(end.error)
+        assert "all processes must see the same" in str(end.error)
+    for rank in "01":
+        if name == "absorb":  # the old state
+            assert contents(tmp_path / rank / "out") == contents(commands.folder / "two")
+        else:
+            assert not leftovers(tmp_path / rank)
+
+
+def shortened(commands: Commands, out: Path) -> None:
+    """Somebody cuts a finished file short before the commit."""
+    run = Runner.run
+
+    def run_and_cut(runner: Runner) -> Any:
+        records = run(runner)
+        os.truncate(out / "unified-1-00002-of-00004.safetensors", 1000)
+        return records
+
+    Runner.run = run_and_cut  # type: ignore[method-assign]
+    commands.run("unify", out)
+
+
+def test_no_commit_of_files_that_are_not_there(commands: Commands, tmp_path: Path) -> None:
+    ended = apart(shortened, commands, tmp_path / "out")
+    assert isinstance(ended.error, OSError)
+    assert "unified-1-00002-of-00004.safetensors: has 1000 bytes" in str(ended.error)
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def within(seconds: float, *call: Any) -> list[Ended]:
@@ -168,6 +214,23 @@ def test_others_stop_at_once(
     assert contents(out) == expected["unify"]
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_one_hangs_while_others_wait(
+    commands: Commands, expected: Any, tmp_path: Path, rank: int
+) -> None:
+    out = tmp_path / "out"
+    begin = time.monotonic()
+    ends = together(3, on_rank, rank, commands, "unify", out, (3, stopped, ("pwrite",)), timeout=12)
+    assert time.monotonic() - begin < 12
+    assert ends.pop(rank).status is None
+    for end in ends:
+        assert isinstance(end.error, RuntimeError)
+        assert f"rank {rank} is gone" in str(end.error) or "gave up" in str(end.error)
+    assert not (out / "config.json").exists()
+    assert apart(commands.run, "unify", out).error is None
+    assert contents(out) == expected["unify"]
+
+
 def one_after_another(commands: Commands, folder: Path) -> None:
     """Calls of one group, after one of them failed on all."""
     commands.unit = CHUNK
@@ -189,20 +252,16 @@ def test_group_serves_again_after_a_failure(
 
 
 def test_torchrun(commands: Commands, tmp_path: Path) -> None:
-    """The command line under torchrun, as one process makes it."""
-    arguments = ["unify", str(commands.folder / "base"), "-o"]
-    tasks = [text for t in TASKS for text in ("--task", f"{t}={commands.folder / t}")]
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    run += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    program = ["-m", "condu.checkpoint"]
-    for start, out in ((run, "two"), ([sys.executable], "one")):
-        subprocess.run(
-            [*start, *program, *arguments, str(tmp_path / out), *tasks, "--quiet"],
-            check=True,
-            timeout=120,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    """The command line under torchrun."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    program += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    program += ["-m", "condu.checkpoint", "unify", str(commands.folder / "base")]
+    program += [text for t in TASKS for text in ("--task", f"{t}={commands.folder / t}")]
+    program += ["-o", str(tmp_path / "two"), "--quiet"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(program, check=True, timeout=120, env=environment)
+    assert apart(commands.run_in, 2 << 30, "unify", tmp_path / "one").error is None
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def free_port() -> int:

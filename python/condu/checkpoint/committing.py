@@ -138,7 +138,7 @@ class Commit:
             if not ((table[number] == 0) & (num[number] > 0)).any():
                 continue
             for k, tensors in enumerate(job.shards):
-                dead = [job.names[t] for t in tensors if table[number, t] == 0]
+                dead = [t for t in tensors if table[number, t] == 0]
                 if name := self._clear_bits(target, k, number, dead):
                     files[name] = files[name] | {"xxh3": target.fingerprint(name)}
             if before[number] and bool((table[number] == 0).all()):
@@ -146,19 +146,20 @@ class Commit:
         return died
 
     def _clear_bits(
-        self, target: Target, shard: int, task: int, names: Sequence[str]
+        self, target: Target, shard: int, task: int, tensors: Sequence[int]
     ) -> str | None:
         """Clear a task's masks of some tensors; the name of the file if any bit was set."""
-        _, *triggers = self._job.places(shard, target.generation)
+        file = target.folder / self._job.trigger_files(shard, target.generation)[task]
+        places = self._job.layout(shard).triggers.places
         changed = None
         with FileReader() as reader:
-            for place in (triggers[task][name] for name in names):
-                file = target.folder / place.file
-                for start in range(0, place.numel, _PIECE):
-                    bits = torch.empty(min(_PIECE, place.numel - start), dtype=torch.uint8)
-                    reader.read_bytes(file, place.offset + start, as_bytes(bits))
+            for tensor in tensors:
+                size = (self._job.numels[tensor] + 7) // 8
+                for start in range(0, size, _PIECE):
+                    bits = torch.empty(min(_PIECE, size - start), dtype=torch.uint8)
+                    reader.read_bytes(file, places[tensor] + start, as_bytes(bits))
                     if bits.any():
-                        target.write(file.name, place.offset + start, as_bytes(bits.zero_()))
+                        target.write(file.name, places[tensor] + start, as_bytes(bits.zero_()))
                         changed = file.name
         if changed:
             target.settle([changed])

@@ -11,7 +11,7 @@ from condu.checkpoint.options import Options
 from condu.checkpoint.prepared import Prepared, Records
 from condu.checkpoint.sources import Source
 from condu.checkpoint.state_files import StateFiles
-from condu.checkpoint.states import PathLike, closing, device_of, identity_of, opened
+from condu.checkpoint.states import PathLike, closing, device_of, identity_of, opened, path_of
 from condu.checkpoint.target import Target
 from condu.checkpoint.world import World
 
@@ -26,12 +26,8 @@ def prepare_extract(
     with world.step() as step, closing(held):
         if format not in ("safetensors", "dcp"):
             raise ValueError(f"format must be 'safetensors' or 'dcp', not {format!r}")
-        place = Path(out)
-        if place.is_dir() and any(place.iterdir()):
-            raise ValueError(f"{place} is not empty; name a new folder for the model")
-        if place.exists() and not place.is_dir():
-            raise ValueError(f"{place} exists already")
-        opened_state = held.enter_context(StateFiles(Path(state)))
+        place = _new_place(out)
+        opened_state = held.enter_context(StateFiles(path_of("state", state)))
         names = [entry.name for entry in opened_state.manifest.tasks]
         if task not in names:
             raise KeyError(f"unknown task {task!r}; the state holds {', '.join(names)}")
@@ -45,7 +41,7 @@ def prepare_extract(
         )
         step.claims["the layout of the model"] = job.layout
     commit = _Commit(job, start, place, format)
-    folder = place.resolve().with_name(f".{place.name}.unfinished")
+    folder = place.with_name(f".{place.name}.unfinished")
     return Prepared(
         job,
         folder,
@@ -58,6 +54,24 @@ def prepare_extract(
         temporary=True,
         held=held,
     )
+
+
+def _new_place(out: PathLike) -> Path:
+    """Where a new model goes, which is renamed to it when it is complete.
+
+    Raises:
+        ValueError: something is there that a folder cannot be renamed to.
+    """
+    place = path_of("out", out).resolve()
+    if place.is_dir() and any(place.iterdir()):
+        raise ValueError(f"{place} is not empty; name a new folder for the model")
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"{place} exists already")
+    if place == Path.cwd():
+        raise ValueError(f"{place} is the current folder; name a new one for the model")
+    if place.is_mount():
+        raise ValueError(f"{place} is a disk of its own; name a folder on it for the model")
+    return place
 
 
 def _left_over(target: Target) -> list[str]:

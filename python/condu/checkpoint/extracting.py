@@ -78,7 +78,6 @@ class ExtractJob:
         self.reads = sum(e.stored.nbytes for e in self.entries) + delta + bits // 8
         widest = max(entry.stored.dtype.itemsize for entry in self.entries)
         self.element_bytes = 2 * widest + state.manifest.dtype.itemsize + 1 / 8
-        self.files = lru_cache(maxsize=8)(self._files)
         self._places = lru_cache(maxsize=8)(self._new_places)
 
     def read(self, unit: Unit, room: Room) -> _Part:
@@ -157,7 +156,7 @@ class ExtractJob:
         contents = [(t.name, t.dtype, t.shape) for t in stored]
         return new_header(Path(self._file_names[shard]), contents, {"format": "pt"})
 
-    def _files(self, shard: int, generation: int) -> list[NewFile]:
+    def files(self, shard: int, generation: int) -> list[NewFile]:
         header, _, size = self._header(shard)
         return [NewFile(self._file_names[shard], header, size)]
 

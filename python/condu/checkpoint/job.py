@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -57,8 +57,7 @@ class Job(Protocol):
     def chunk_rows(self) -> int: ...
     @property
     def has_base(self) -> bool: ...
-    @property
-    def files(self) -> Callable[[int, int], list[NewFile]]:
+    def files(self, shard: int, generation: int) -> list[NewFile]:
         """The files of a shard, whose names may carry a generation."""
 
     def read(self, unit: Unit, room: Room) -> Any:

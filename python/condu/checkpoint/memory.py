@@ -9,6 +9,7 @@ import torch
 from condu.checkpoint.job import Job
 from condu.checkpoint.options import Options
 from condu.checkpoint.room import Room
+from condu.checkpoint.units import SEGMENTS
 from condu_ext.layout import CHUNK
 
 _BEST = 8 * CHUNK
@@ -16,7 +17,11 @@ _BEST = 8 * CHUNK
 _SLACK = 4096
 """Bytes of a room that begin no unit: its tensors begin on cache lines."""
 _RESERVE = 48 << 20
-"""Bytes for everything that does not grow with the room: lists of tensors, journal, config."""
+"""Bytes for everything that grows neither with the room nor with the model."""
+_SEGMENT = 1200
+"""Bytes for what names a segment's part of a model, in each of its workers."""
+_SUM = 250
+"""Bytes for a sum of a tensor, from the kernel's to the text of journal and config."""
 
 _MARGIN = 8 << 20
 """Bytes by which another run of the same command may begin with more."""
@@ -28,8 +33,11 @@ def workers_and_elements(job: Job, options: Options) -> tuple[int, int]:
     Raises:
         ValueError: not even one worker with one chunk fits; the message says what would.
     """
-    taken = resident() + _RESERVE
-    smallest = int(CHUNK * job.element_bytes) + _SLACK
+    books = _SUM * (job.chunk_rows + 1) * len(job.numels)
+    taken = resident() + _RESERVE + books
+    segments = min(SEGMENTS, max(map(len, job.shards)))
+    each = _SLACK + _SEGMENT * (job.chunk_rows + 4) * segments
+    smallest = int(CHUNK * job.element_bytes) + each
     left = options.max_memory - taken
     if left < smallest:
         raise ValueError(
@@ -37,7 +45,7 @@ def workers_and_elements(job: Job, options: Options) -> tuple[int, int]:
             f"{taken + smallest + _MARGIN >> 20} MiB"
         )
     workers = min(options.workers, left // smallest)
-    elements = int((left / workers - _SLACK) / job.element_bytes) // CHUNK * CHUNK
+    elements = int((left / workers - each) / job.element_bytes) // CHUNK * CHUNK
     return workers, min(_BEST, elements)
 
 

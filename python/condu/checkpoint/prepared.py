@@ -75,7 +75,7 @@ class Prepared:
         target = Target(self.folder, self._digest(), temporary=self.temporary)
         runner = Runner(self.job, target, self.world, self.options)
         try:
-            with self.world.watching():
+            with self.world:
                 try:
                     with self.world.step(), runner.costs.of("verify"):
                         self._check_states(runner.costs)
@@ -83,11 +83,14 @@ class Prepared:
                         if self.world.leads:
                             target.claim()
                             target.start_anew(self.stale(target))
-                            step.mine = target.generation, target.finished
-                    target.generation, target.finished = step.all[0]
+                            step.mine = target.mark(), target.generation, target.finished
+                    mark, target.generation, target.finished = step.all[0]
+                    with self.world.step():
+                        target.find(mark)
                     records = runner.run()
                     with self.world.step():
                         if self.world.leads:
+                            target.check_whole(records.values())
                             self.commit(target, records)
                 except BaseException as error:
                     self._clean_up(target, error)

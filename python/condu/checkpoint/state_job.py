@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from condu.checkpoint.fusing import Fusion, Part
 from condu.checkpoint.job import Outcome
 from condu.checkpoint.room import Room
 from condu.checkpoint.target import NewFile
-from condu.checkpoint.tensor_files import StoredTensor, as_bytes, new_header
+from condu.checkpoint.tensor_files import as_bytes, new_header
 from condu.checkpoint.units import Unit
 from condu_ext import ranges
 from condu_ext.layout import ModelSpec
@@ -45,8 +47,8 @@ class StateJob:
         self.element_bytes = fusion.element_bytes + 2 * (dtype.itemsize + len(fusion.tasks) / 8) + 2
         self.chunk_rows = len(fusion.rows)
         self.has_base = fusion.models is not None
-        self.files = lru_cache(maxsize=8)(self._files)
-        self.places = lru_cache(maxsize=8)(self._new_places)
+        self._layout = lru_cache(maxsize=4)(self._new_layout)
+        self._lock = threading.Lock()  # so that no two workers make the same
 
     def bytes_with(self, dtype: torch.dtype) -> int:
         """About how many bytes would be written with another state dtype."""
@@ -90,45 +92,82 @@ class StateJob:
     def _written(
         self, unit: Unit, out: StateRange, generation: int
     ) -> list[tuple[str, int, memoryview]]:
-        unified, *triggers = self.places(unit.shard, generation)
-        written = []
-        for segment, start in unit.placed:
-            name = self.names[segment.tensor]
-            place = unified[name]
-            written.append(
-                (
-                    place.file.name,
-                    place.offset + segment.start * self.dtype.itemsize,
-                    as_bytes(out.u[start : start + segment.numel]),
-                )
-            )
-            bits = segment.bits(start)
-            for places, plane in zip(triggers, out.planes, strict=True):
-                place = places[name]
-                written.append(
-                    (place.file.name, place.offset + segment.start // 8, as_bytes(plane[bits]))
-                )
+        """One piece for each file: in a file a unit's tensors lie one behind the other. ``out`` is
+        used up."""
+        layout, first = self.layout(unit.shard), unit.segments[0]
+        size = self.dtype.itemsize
+        elements = [slice(at * size, (at + s.numel) * size) for s, at in unit.placed]
+        bits = [segment.bits(at) for segment, at in unit.placed]
+        unified, *triggers = self._names_of(unit.shard, generation)
+        places = layout.unified.places, layout.triggers.places
+        offset, packed_offset = (place[first.tensor] for place in places)
+        start = offset + first.start * size
+        written = [(unified, start, joined(as_bytes(out.u), elements))]
+        start = packed_offset + first.start // 8
+        for name, plane in zip(triggers, out.planes, strict=True):
+            written.append((name, start, joined(as_bytes(plane), bits)))
         return written
 
-    def _headers(
-        self, shard: int, generation: int
-    ) -> list[tuple[str, bytes, dict[str, StoredTensor], int]]:
-        """Per file its name and what :func:`new_header` makes of it."""
-        label = f"{shard + 1:05}-of-{len(self.shards):05}.safetensors"
-        entries = [self.spec.tensors[k] for k in self.shards[shard]]
-        names = [f"unified-{generation}-{label}"]
-        names += [f"triggers-{generation}-{t}-{label}" for t in range(len(self.fusion.tasks))]
+    def layout(self, shard: int) -> Layout:
+        """How the files of a shard look; those of all triggers look alike."""
+        with self._lock:
+            return self._layout(shard)
+
+    def _new_layout(self, shard: int) -> Layout:
+        tensors = self.shards[shard]
+        entries = [self.spec.tensors[k] for k in tensors]
         whole = [(e.name, self.dtype, e.shape) for e in entries]
         packed = [(e.name, torch.uint8, ((e.numel + 7) // 8,)) for e in entries]
-        contents: list[Sequence[tuple[str, torch.dtype, tuple[int, ...]]]]
-        contents = [whole, *([packed] * len(self.fusion.tasks))]
-        return [(n, *new_header(Path(n), c)) for n, c in zip(names, contents, strict=True)]
+        return Layout(_form(tensors, whole), _form(tensors, packed))
 
-    def _files(self, shard: int, generation: int) -> list[NewFile]:
-        return [
-            NewFile(name, header, size)
-            for name, header, _, size in self._headers(shard, generation)
-        ]
+    def _names_of(self, shard: int, generation: int) -> list[str]:
+        """That of the unified delta's file, then the triggers' in the order of their tasks."""
+        label = f"{shard + 1:05}-of-{len(self.shards):05}.safetensors"
+        triggers = [f"triggers-{generation}-{t}-{label}" for t in range(len(self.fusion.tasks))]
+        return [f"unified-{generation}-{label}", *triggers]
 
-    def _new_places(self, shard: int, generation: int) -> list[dict[str, StoredTensor]]:
-        return [places for _, _, places, _ in self._headers(shard, generation)]
+    def files(self, shard: int, generation: int) -> list[NewFile]:
+        layout = self.layout(shard)
+        unified, *triggers = self._names_of(shard, generation)
+        found = [NewFile(unified, layout.unified.header, layout.unified.size)]
+        form = layout.triggers
+        return found + [NewFile(name, form.header, form.size) for name in triggers]
+
+    def trigger_files(self, shard: int, generation: int) -> list[str]:
+        """Names of a shard's files of triggers, in the order of the tasks."""
+        return self._names_of(shard, generation)[1:]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a file looks: its first bytes, the byte at which each tensor begins, its size."""
+
+    header: bytes
+    places: Mapping[int, int]
+    size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the files of a shard look."""
+
+    unified: Form
+    triggers: Form
+
+
+def _form(
+    tensors: Sequence[int], contents: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
+) -> Form:
+    header, stored, size = new_header(Path(), contents)
+    offsets = (place.offset for place in stored.values())
+    return Form(header, dict(zip(tensors, offsets, strict=True)), size)
+
+
+def joined(memory: memoryview, pieces: Sequence[slice]) -> memoryview:
+    """Pieces of some memory, of which the first is at its start, moved one behind the other."""
+    end = 0
+    for piece in pieces:
+        start, end = end, end + piece.stop - piece.start
+        if start != piece.start:
+            memory[start:end] = memory[piece]  # downwards, and safe where they overlap
+    return memory[:end]

@@ -22,7 +22,7 @@ from condu.checkpoint.sources import Source, open_source
 from condu.checkpoint.state_files import StateFiles
 from condu.checkpoint.state_job import StateJob
 from condu.checkpoint.world import World
-from condu_ext.manifest import CONFIG, Manifest, read_manifest
+from condu_ext.manifest import CONFIG, Manifest, generation_of, read_manifest
 from condu_ext.rule import FusionRule
 from condu_ext.unified import check_state_dtype, check_task_name
 
@@ -47,7 +47,7 @@ def prepare_unify(
         for task in tasks:
             check_task_name(task)
         check_state_dtype(dtype)
-        folder = _new_folder(out)
+        folder = _new_folder(out, base, *tasks.values())
         start = opened(held, base, options, folder)
         spec = describe(start, private)
         names = [entry.name for entry in spec.tensors]
@@ -89,9 +89,10 @@ def prepare_absorb(
     """See :func:`condu.checkpoint.absorb`."""
     world, held = World.current(), ExitStack()
     with world.step() as step, closing(held):
-        in_place = out is None or _same(state, out)
-        folder = Path(state) if out is None or in_place else _new_folder(out)
-        old = held.enter_context(StateFiles(Path(state)))
+        place = path_of("state", state)
+        in_place = out is None or _same(place, path_of("out", out))
+        folder = place if out is None or in_place else _new_folder(out, base, finetuned)
+        old = held.enter_context(StateFiles(place))
         if check_task_name(task) in (entry.name for entry in old.manifest.tasks):
             raise ValueError(f"task {task!r} is already in the state; drop it first to replace it")
         start = opened(held, base, options, folder)
@@ -137,7 +138,7 @@ def prepare_merge(a: PathLike, b: PathLike, out: PathLike, *, options: Options) 
     world, held = World.current(), ExitStack()
     with world.step() as step, closing(held):
         folder = _new_folder(out)
-        states = [held.enter_context(StateFiles(Path(path))) for path in (a, b)]
+        states = [held.enter_context(StateFiles(path_of("state", path))) for path in (a, b)]
         order = _mergeable(*(state.manifest for state in states))
         fusion = Merging(states[0], states[1], order, device_of(options))
         step.claims["the command"] = identity = identity_of("merge", [], [], options, states=states)
@@ -177,6 +178,7 @@ def opened(
     held: ExitStack, where: PathLike, options: Options, folder: Path, base: Source | None = None
 ) -> Source:
     """A model, closed with ``held``; what has to be copied first goes beside ``folder``."""
+    path_of("model", where)
     scratch = next(place for place in folder.resolve().parents if place.is_dir())
     source = open_source(where, base=base, allow_pickle=options.allow_pickle, scratch=scratch)
     held.callback(source.close)
@@ -191,18 +193,37 @@ def _same(a: PathLike, b: PathLike) -> bool:
     return os.path.realpath(a) == os.path.realpath(b)
 
 
-def _new_folder(out: PathLike) -> Path:
+def path_of(what: str, given: PathLike) -> Path:
+    """A path that a user gave; an empty one, as of a variable that is not set, is none.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if not os.fspath(given):
+        raise ValueError(f"{what}: the path is empty")
+    return Path(given)
+
+
+def _new_folder(out: PathLike, *inputs: PathLike) -> Path:
     """Where a new state goes.
 
     Raises:
-        ValueError: there is one. NotADirectoryError: there is a file.
+        ValueError: there is one, or a model. NotADirectoryError: there is a file.
     """
-    folder = Path(out)
+    folder = path_of("out", out)
     if (folder / CONFIG).exists():
         tasks = ", ".join(task.name for task in read_manifest(folder).tasks)
         raise ValueError(f"{folder} already holds a state, of the tasks {tasks}")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, not a folder for a state")
+    for where in inputs:
+        if _same(out, where):
+            raise ValueError(f"{folder} is one of the models; name a new folder for the state")
+    for file in folder.glob("[!.]*.safetensors"):
+        if generation_of(file.name) is None:
+            raise ValueError(
+                f"{folder} holds a model ({file.name}); name a new folder for the state"
+            )
     return folder
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
+import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -18,10 +20,10 @@ from pathlib import Path
 from condu.checkpoint.journal import Journal, Record, journals, read_journals
 from condu_ext.files import naming, sync
 from condu_ext.fingerprint import file_fingerprint
-from condu_ext.manifest import generation_of
-from condu_ext.storage import writer_lock
+from condu_ext.manifest import CONFIG, CheckpointError, generation_of, read_manifest
+from condu_ext.storage import LOCK, writer_lock
 
-_LOCK = ".lock"
+_PATIENCE = 5.0  # seconds until all see a file: those that share a disk may remember what it had
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Target:
             OSError: the folder cannot be made or written.
             RuntimeError: another process is writing there.
         """
-        new = [self.folder / _LOCK, self.folder, *self.folder.parents]
+        new = [self.folder / LOCK, self.folder, *self.folder.parents]
         self._made = [path for path in new if not path.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,11 +77,38 @@ class Target:
         generation, self.finished = read_journals(self.folder, self._job)
         if generation is not None:
             self.generation = generation
-        self.claimed = True
+
+    def mark(self) -> str:
+        """Leave a mark in the lock, for the others to find; by the process that claimed it."""
+        mark = uuid.uuid4().hex
+        (self.folder / LOCK).write_text(mark)
+        return mark
+
+    def find(self, mark: str) -> None:
+        """Look for another process's mark.
+
+        Raises:
+            OSError: it is not there, so this is another folder than the other process's.
+        """
+        begin = time.monotonic()
+        while not self._shows(mark):
+            if time.monotonic() - begin > _PATIENCE:
+                raise OSError(
+                    f"{self.folder.resolve()} is not the folder that the first process writes: "
+                    "all processes must see the same one"
+                )
+            time.sleep(0.1)
+
+    def _shows(self, mark: str) -> bool:
+        with suppress(OSError):
+            return (self.folder / LOCK).read_text() == mark
+        return False
 
     def start_anew(self, stale: Iterable[str]) -> None:
-        """If there is nothing to go on from: remove what another run left, its journals and
+        """The folder is as it was checked, and everything that is written from here on is this
+        run's. If there is nothing to go on from: remove what another run left, its journals and
         ``stale``, and choose a generation."""
+        self.claimed = True
         if self.finished:
             return
         self._remove(stale)
@@ -98,8 +127,8 @@ class Target:
             wanted += file.size
         if (free := shutil.disk_usage(self.folder).free) < wanted:
             raise OSError(
-                f"{self.folder}: {wanted / 1e9:.1f} GB are to be written, but the disk has "
-                f"{free / 1e9:.1f} GB free"
+                f"{self.folder}: {wanted / 1e6:.1f} MB are to be written, but the disk has "
+                f"{free / 1e6:.1f} MB free"
             )
 
     def begin(self, rank: int) -> None:
@@ -160,6 +189,20 @@ class Target:
         """Whether a journal lists a finished shard."""
         return bool(read_journals(self.folder, self._job)[1])
 
+    def check_whole(self, records: Iterable[Record]) -> None:
+        """All files of all shards are there.
+
+        Raises:
+            OSError: one is missing, or has another size than what was written.
+        """
+        for name, expected in (item for record in records for item in record.files.items()):
+            size = (self.folder / name).stat().st_size
+            if size != expected["size"]:
+                raise OSError(
+                    f"{self.folder / name}: has {size} bytes, {expected['size']} were written; "
+                    "was it changed meanwhile?"
+                )
+
     def commit_state(self, stale: Iterable[str]) -> None:
         """After the commit of a state: remove journals and ``stale``."""
         self.claimed = False
@@ -176,7 +219,7 @@ class Target:
             sync(path)
         os.replace(self.folder, place)
         self.claimed = False
-        for path in (*journals(place), place / _LOCK):  # needed until here
+        for path in (*journals(place), place / LOCK):  # needed until here
             path.unlink(missing_ok=True)
         sync(place.parent)
 
@@ -193,11 +236,13 @@ class Target:
 
     def abandon(self, files: Iterable[str]) -> None:
         """Remove this run's files and journals, and the folders that it made, where they are empty
-        then. For the process that claimed the folder."""
+        then; nothing that the folder's state lists. For the process that claimed the folder."""
         if self._temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
-            self._remove(files)
+            with suppress(OSError, CheckpointError):  # an error is on its way already
+                kept = read_manifest(self.folder).files if (self.folder / CONFIG).exists() else {}
+                self._remove(name for name in files if name not in kept)
         self._unmake()
 
     def close(self) -> None:

@@ -14,6 +14,9 @@ from itertools import islice
 
 from condu_ext.layout import ALIGN, CHUNK, chunk_count, offsets
 
+SEGMENTS = 64
+"""Segments of a unit, at most: each takes memory beside its elements, in every model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -60,7 +63,8 @@ def padded(numel: int) -> int:
 
 
 def cut(shard: int, tensors: Sequence[int], numels: Sequence[int], room: int) -> Iterator[Unit]:
-    """The units of a shard, of at most ``room`` elements each in an arena (one chunk at least).
+    """The units of a shard, of at most ``room`` elements each in an arena (one chunk at least) and
+    at most SEGMENTS segments.
 
     ``numels`` are those of all tensors of the job, ``tensors`` the positions of the shard's. There
     is one unit at least, for a shard without elements has files too.
@@ -72,7 +76,11 @@ def cut(shard: int, tensors: Sequence[int], numels: Sequence[int], room: int) ->
         start = 0
         while start < numels[tensor]:
             left = numels[tensor] - start
-            if filled == room or (filled and padded(min(left, CHUNK)) > room - filled):
+            if (
+                filled == room
+                or len(segments) == SEGMENTS
+                or (filled and padded(min(left, CHUNK)) > room - filled)
+            ):
                 yield Unit(shard, first, tuple(segments))
                 first += chunk_count(s.numel for s in segments)
                 segments, filled = [], 0

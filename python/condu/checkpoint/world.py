@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from condu.checkpoint.watch import OtherGone, Watch
-from condu_ext.collective import Step
+from condu_ext.collective import Step, gather
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -54,8 +54,18 @@ class World:
         return self.rank == 0
 
     def step(self) -> Step:
-        """A block that all processes enter; see :class:`condu_ext.collective.Step`."""
-        return Step(self.mesh)
+        """A block that all processes enter; see :class:`condu_ext.collective.Step`. While they are
+        watched, its end raises OtherGone if one of them does not come."""
+        return Step(self.mesh, gather if self._watch is None else self._meet)
+
+    def _meet(self, mesh: DeviceMesh, item: object) -> list[Any]:
+        """:func:`condu_ext.collective.gather`, begun when all are there to take part at once."""
+        assert self._watch is not None
+        self._watch.meet()
+        try:
+            return gather(mesh, item)
+        except RuntimeError as error:  # the backend's, in terms of sockets
+            raise OtherGone("another process is gone") from error
 
     def gather(self, item: Any) -> list[Any]:
         """``item`` of every process."""
@@ -63,24 +73,20 @@ class World:
             step.mine = item
         return step.all
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """A block that all processes enter, in which :meth:`fail` and :meth:`check_others` tell of
-        each other between steps."""
-        if self.mesh is None:
-            yield
-            return
-        run = self.gather(f"condu/{uuid.uuid4().hex}")[0]
-        self._watch = Watch(_store(), run, self.rank, self.size)
-        self._watch.start()
-        try:
-            yield
-        except BaseException as error:
-            if isinstance(error, OtherGone) or not isinstance(error, Exception):
-                self._watch.tell("gone")
-            raise
-        finally:
-            self._watch.stop()
+    def __enter__(self) -> World:
+        """A block that all processes enter, in which they watch each other."""
+        if self.mesh is not None:
+            run = self.gather(f"condu/{uuid.uuid4().hex}")[0]
+            self._watch = Watch(_store(), run, self.rank, self.size)
+            self._watch.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            if isinstance(error, OtherGone) or not isinstance(error, Exception | None):
+                watch.tell("gone")
+            watch.stop()
 
     def fail(self) -> None:
         """Tell the others to stop, and to take the next step: called before it by a process where
