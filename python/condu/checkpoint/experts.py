@@ -50,6 +50,7 @@ def prepare_extract(
         commit,
         world,
         options,
+        sources=[start],
         states=[opened_state],
         temporary=True,
         held=held,

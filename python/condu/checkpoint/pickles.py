@@ -37,6 +37,8 @@ class PickledSource:
     """
 
     is_delta: ClassVar[bool] = False
+    copied: ClassVar[int] = 0
+    largest_part: ClassVar[int] = 0
 
     def __init__(
         self,
