@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from condu import checkpoint
+from condu.checkpoint import Options
+from condu.checkpoint.planning import plan
+from condu.checkpoint.states import prepare_unify
 from condu.cli import app
+from condu_ext import FusionRule
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +109,47 @@ def test_state_among_models() -> None:
     with pytest.raises(ValueError, match=message):
         checkpoint.absorb("state", "b", "tuned.safetensors", "other", base="base")
     assert leftovers(Path()) == before
+
+
+def test_odd_files_beside_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They neither stop a command nor hang it; and models of their own are not copied."""
+    base = Path("base")
+    (base / "gone").symlink_to("nowhere")
+    os.mkfifo(base / "pipe")
+    (base / "secret").write_text("")
+    (base / "processor").mkdir()
+    (base / "processor" / "words.txt").write_text("a b")
+    for other in ("state", "processor/other"):
+        checkpoint.unify(base, {"a": "tuned.safetensors"}, base / other)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: p.name != "secret" and access(p, mode))
+    lines: list[str] = []
+    options = checkpoint.Options(report=lines.append)
+    checkpoint.extract("state", "a", "expert", base=base, options=options)
+    assert leftovers(Path("expert")) == [
+        "config.json", "model.safetensors", "processor", "processor/words.txt"
+    ]  # fmt: skip
+    assert [line.split()[0] for line in lines] == ["base/gone", "base/pipe", "base/secret"]
+
+
+def test_private_tensors_need_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are counted before the work: in a plan, and where the disk is asked for room."""
+    for name, value in (("base/model", 0.0), ("tuned", 1.0)):
+        tensors = {"w": torch.full((5,), value), "head": torch.full((250_000,), value)}
+        save_file(tensors, f"{name}.safetensors")
+    tasks = {task: "tuned.safetensors" for task in "abc"}
+    make = {"rule": FusionRule(), "dtype": torch.float32, "private": ("head",)}
+    with prepare_unify("base", tasks, "new", options=Options(), **make) as prepared:  # type: ignore[arg-type]
+        expected = plan(prepared)
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2_900_000))
+    message = r"3\.00 MB are to be written, but the disk has 2\.90 MB free"
+    with pytest.raises(OSError, match=message):
+        checkpoint.unify("base", tasks, "new", private=["head"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    costs = checkpoint.unify("base", tasks, "new", private=["head"])
+    size = sum(file.stat().st_size for file in Path("new").glob("*.safetensors"))
+    assert expected.written == size
+    assert size - 2000 < costs.written <= size
+    assert expected.read == costs.read
+    assert costs.read - 3_000_000 in range(80, 400)

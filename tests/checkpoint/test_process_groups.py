@@ -20,7 +20,8 @@ from runs import TASKS, Commands, contents, leftovers, make_models, values
 from test_failing_runs import change
 
 import condu_ext as cx
-from condu.checkpoint import target
+from condu import checkpoint
+from condu.checkpoint import Options, target
 from condu.checkpoint.runner import Runner
 from condu_ext.layout import CHUNK
 
@@ -186,6 +187,23 @@ def test_killed_one(commands: Commands, expected: Any, tmp_path: Path, rank: int
     ends = together(2, commands.run, "absorb", out)
     assert [end.error for end in ends] == [None] * 2
     assert contents(out) == expected["absorb"]
+
+
+def costs_of(folder: Path, out: Path) -> tuple[int, int, int, int]:
+    options = Options(workers=2)
+    a, base = folder / "two", folder / "base"
+    costs = checkpoint.absorb(a, "new", folder / "c", out, base=base, options=options)
+    return costs.read, costs.written, costs.verified, costs.workers
+
+
+def test_costs_are_those_of_all_processes(commands: Commands, tmp_path: Path) -> None:
+    one = apart(costs_of, commands.folder, tmp_path / "one").value
+    written = sum(f.stat().st_size for f in (tmp_path / "one").glob("*.safetensors"))
+    assert one[1] == pytest.approx(written, abs=10_000)  # headers
+    for end in together(2, costs_of, commands.folder, tmp_path / "two"):
+        assert end.value[:2] == pytest.approx(one[:2], abs=8)
+        assert end.value[2] == one[2] > 0
+        assert end.value[3] == 2 * one[3]
 
 
 def one_of_slow_ones(commands: Commands, out: Path, happens: Any) -> Any:

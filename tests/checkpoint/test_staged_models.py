@@ -91,8 +91,8 @@ def test_a_plan_copies_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ) as prepared:
         found = plan(prepared)
     stored = sum(t.nbytes for t in model(0).values())
-    assert 2 * stored < found.copied < 2 * stored + 4096  # and two headers
-    assert found.read == prepared.job.reads + found.copied
+    assert 2 * stored < found.staged < 2 * stored + 4096  # and two headers
+    assert found.read == prepared.job.reads + found.staged + prepared.copied
     assert found.seconds is found.fuse_rate is None
     text = "\n".join(found.lines())
     assert "to copy before" in text

@@ -22,10 +22,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from condu.checkpoint.costs import Costs
 from condu.checkpoint.editing import drop, rename
 from condu.checkpoint.experts import prepare_extract
 from condu.checkpoint.inspecting import Inspection, inspect
-from condu.checkpoint.job import Costs
 from condu.checkpoint.options import Options
 from condu.checkpoint.states import PathLike, prepare_absorb, prepare_merge, prepare_unify
 from condu.checkpoint.verifying import verify

@@ -36,7 +36,7 @@ class AdapterSource:
 
     is_delta: ClassVar[bool] = True
     folder: ClassVar[None] = None
-    copied: ClassVar[int] = 0
+    staged: ClassVar[int] = 0
     largest_part: ClassVar[int] = 0
 
     def __init__(self, where: str, folder: Path, base: Source | None = None) -> None:

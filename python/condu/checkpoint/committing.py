@@ -18,7 +18,13 @@ from condu.checkpoint.sources import Source, Stored
 from condu.checkpoint.state_files import StateFiles
 from condu.checkpoint.state_job import StateJob
 from condu.checkpoint.target import Target
-from condu.checkpoint.tensor_files import FileReader, as_bytes, has_nan, new_header
+from condu.checkpoint.tensor_files import (
+    FileReader,
+    StoredTensor,
+    as_bytes,
+    has_nan,
+    new_header,
+)
 from condu_ext import _C
 from condu_ext.files import replace
 from condu_ext.manifest import CONFIG, Manifest, TaskEntry, generation_of, read_manifest
@@ -98,10 +104,22 @@ class Commit:
         target.commit_state(_others(target, files))
         warn_of(died)
 
-    def others(self, target: Target) -> list[str]:
-        """Names of the files of private tensors."""
-        tasks = range(len(self._job.fusion.tasks))
-        return [_private_file(target.generation, number) for number in tasks]
+    def others(self, generation: int) -> dict[str, int]:
+        """The files of private tensors."""
+        return {
+            _private_file(generation, number): _header(source)[2]
+            for number, source in enumerate(self._private())
+            if source.tensors
+        }
+
+    def _private(self) -> list[_Tensors]:
+        """The private tensors of all tasks, those of old ones from their states."""
+        sources: list[_Tensors] = [
+            _PrivateOf(state, number)
+            for state in self._states
+            for number in range(len(state.manifest.tasks))
+        ]
+        return sources + [_Picked(m.source, m.private) for m in self._newcomers.values()]
 
     def _by_tensor(self, records: Records, what: str) -> list[Any]:
         found: dict[int, Any] = {}
@@ -166,19 +184,14 @@ class Commit:
         return changed
 
     def _copy_private(self, target: Target) -> dict[str, dict[str, Any]]:
-        """Write the private tensors of all tasks, those of old ones from their states.
+        """Write the private tensors of all tasks.
 
         Raises:
             ValueError: NaN in one, naming task and tensor.
         """
-        sources: list[_Tensors] = [
-            _PrivateOf(state, number)
-            for state in self._states
-            for number in range(len(state.manifest.tasks))
-        ]
-        sources += [_Picked(m.source, m.private) for m in self._newcomers.values()]
         files = {}
-        for number, (task, source) in enumerate(zip(self._job.fusion.tasks, sources, strict=True)):
+        tasks = self._job.fusion.tasks
+        for number, (task, source) in enumerate(zip(tasks, self._private(), strict=True)):
             if source.tensors:
                 name = _private_file(target.generation, number)
                 files[name] = _copied(target, name, task, source)
@@ -220,11 +233,13 @@ class _PrivateOf:
         self._state.read_private(self._task, name, start, stop, out)
 
 
+def _header(source: _Tensors) -> tuple[bytes, dict[str, StoredTensor], int]:
+    return new_header(Path(), [(t.name, t.dtype, t.shape) for t in source.tensors.values()])
+
+
 def _copied(target: Target, file: str, task: str, source: _Tensors) -> dict[str, Any]:
     """Write a task's tensors into a file of their own, piece by piece; its size and checksum."""
-    header, places, size = new_header(
-        Path(file), [(t.name, t.dtype, t.shape) for t in source.tensors.values()]
-    )
+    header, places, size = _header(source)
     digest = xxhash.xxh3_64(header)
     target.write(file, 0, header)
     for name, tensor in source.tensors.items():

@@ -67,7 +67,7 @@ class DistributedSource:
         kinds = [(n, kind.properties.dtype, tuple(kind.size)) for n, (_, kind) in model.items()]
         kinds.sort(key=lambda tensor: -tensor[1].itemsize)  # so all of them are aligned
         try:
-            self._header, self.tensors, self.copied = new_header(folder, kinds)
+            self._header, self.tensors, self.staged = new_header(folder, kinds)
         except KeyError as error:
             raise ValueError(f"{folder}: holds tensors of {error}, which is not known") from None
         parts = [(part, kind) for _, kind in model.values() for part in kind.chunks]
@@ -115,7 +115,7 @@ class DistributedSource:
         with open(file, "r+b") as stream:
             stream.write(self._header)
             stream.flush()
-            _reserve(file, stream.fileno(), self.copied)
+            _reserve(file, stream.fileno(), self.staged)
         mapped = np.memmap(file, np.uint8, "r+")
         group: list[StoredTensor] = []
         for tensor in self.tensors.values():

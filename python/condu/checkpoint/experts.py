@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from condu.checkpoint.extracting import ExtractJob, copy_others, write_index
+from condu.checkpoint.extracting import ExtractJob, others_in, write_index
 from condu.checkpoint.matching import find_base
 from condu.checkpoint.options import Options
 from condu.checkpoint.prepared import Prepared, Records
@@ -36,11 +38,13 @@ def prepare_extract(
         job = ExtractJob(opened_state, names.index(task), start, device_of(options))
         if place.suffix == ".safetensors" and (len(job.shards) > 1 or format == "dcp"):
             raise ValueError(f"{place}: the model takes a folder, not one file")
+        home = start.folder
+        beside = others_in(home, options.report) if home and world.leads else []
         step.claims["the command"] = identity = identity_of(
             "extract", [start], [task], options, states=[opened_state], format=format
         )
         step.claims["the layout of the model"] = job.layout
-    commit = _Commit(job, start, place, format)
+    commit = _Commit(job, start, place, format, beside)
     folder = place.with_name(f".{place.name}.unfinished")
     return Prepared(
         job,
@@ -83,8 +87,12 @@ def _left_over(target: Target) -> list[str]:
 class _Commit:
     """Completes the folder and gives it its name."""
 
-    def __init__(self, job: ExtractJob, base: Source, out: Path, format: str) -> None:
+    def __init__(
+        self, job: ExtractJob, base: Source, out: Path, format: str, beside: Sequence[Path]
+    ) -> None:
+        """``beside``: what to copy of the base's folder."""
         self._job, self._base, self._out, self._format = job, base, out, format
+        self._beside = beside
 
     def __call__(self, target: Target, records: Records) -> None:
         if self._out.suffix == ".safetensors":
@@ -98,9 +106,15 @@ class _Commit:
             from condu.checkpoint.dcp import write_dcp
 
             write_dcp(target.folder)
-        if self._base.folder is not None:
-            copy_others(self._base.folder, target.folder)
+        if (folder := self._base.folder) is not None:
+            for file in self._beside:
+                to = target.folder / file
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / file, to)
         target.commit_folder(self._out)
 
-    def others(self, target: Target) -> list[str]:
-        return []
+    def others(self, generation: int) -> dict[str, int]:
+        if self._out.suffix == ".safetensors":
+            return {}
+        folder = self._base.folder or Path()
+        return {str(file): (folder / file).stat().st_size for file in self._beside}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from condu.checkpoint.fingerprints import source_fingerprint
 from condu.checkpoint.job import Outcome
+from condu.checkpoint.options import Report
 from condu.checkpoint.room import Room
 from condu.checkpoint.safetensors_source import SafetensorsSource
 from condu.checkpoint.sources import Source, Stored
@@ -231,18 +231,30 @@ def _entries(
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 
 
-def copy_others(folder: Path, out: Path) -> None:
-    """Copy what is in a model's folder beside the weights: configuration, tokenizer, processor."""
+def others_in(folder: Path, report: Report) -> list[Path]:
+    """What is in a model's folder beside the weights: configuration, tokenizer, processor; relative
+    to the folder. Folders in it that hold a model or a state of their own stay where they are, and
+    so does what is no file, or cannot be read; for these ``report`` gets a line.
+    """
+    found = []
     for path, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
+        if Path(path) != folder and any(map(_is_weights, files)):
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
             file = Path(path, name)
-            weights = name.endswith((*_WEIGHTS, ".distcp", ".index.json"))
-            if name.startswith(".") or weights:
+            if name.startswith(".") or _is_weights(name):
                 continue
-            to = out / file.relative_to(folder)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, to)
+            if file.is_file() and os.access(file, os.R_OK):
+                found.append(file.relative_to(folder))
+            else:
+                report(f"{file} is left out: it is no file that can be read")
+    return found
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((*_WEIGHTS, ".distcp", ".index.json"))
 
 
 def write_index(index: Mapping[str, Any], file: Path) -> None:

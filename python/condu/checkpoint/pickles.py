@@ -37,7 +37,7 @@ class PickledSource:
     """
 
     is_delta: ClassVar[bool] = False
-    copied: ClassVar[int] = 0
+    staged: ClassVar[int] = 0
     largest_part: ClassVar[int] = 0
 
     def __init__(

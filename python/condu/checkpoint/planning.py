@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from condu.checkpoint.job import size_text
+from condu.checkpoint.costs import size_text
 from condu.checkpoint.memory import resident, rooms, workers_and_elements
 from condu.checkpoint.prepared import Prepared
 from condu.checkpoint.room import Room
@@ -28,7 +28,7 @@ class Plan:
 
     Attributes:
         read, written: bytes of data files; ``written`` is what the disk must have free, too.
-        copied: bytes of the models that are copied first and removed at the end, for all processes:
+        staged: bytes of the models that are copied first and removed at the end, for all processes:
             part of ``read``, and for that time on disk besides ``written``.
         memory: the most that the process takes, pages of mapped files apart.
         workers: threads, each with a unit of ``unit`` elements.
@@ -42,7 +42,7 @@ class Plan:
 
     read: int
     written: int
-    copied: int
+    staged: int
     memory: int
     workers: int
     unit: int
@@ -57,9 +57,9 @@ class Plan:
             f"to read           {size_text(self.read)}",
             f"to write          {size_text(self.written)}, which the disk must have free",
         ]
-        if self.copied:
+        if self.staged:
             found.append(
-                f"to copy before    {size_text(self.copied)}, on disk besides until the end"
+                f"to copy before    {size_text(self.staged)}, on disk besides until the end"
             )
         found.append(
             f"memory, at most   {self.memory / 2**20:.0f} MiB: {self.workers} workers with units "
@@ -93,20 +93,21 @@ def plan(prepared: Prepared) -> Plan:
     (room,) = rooms(job, options, 1, elements)
     memory = resident() + (workers - 1) * room.size
     verified = sum(state.data_bytes for state in prepared.states)
-    copied = prepared.world.size * sum(source.copied for source in prepared.sources)
+    staged = prepared.world.size * sum(source.staged for source in prepared.sources)
     write_rate = _write_rate(prepared.folder)
     written = sum(f.size for k in range(len(job.shards)) for f in job.files(k, 1))
+    written += prepared.copied
     fuse_rate = seconds = None
-    if not copied:
+    if not staged:
         cores = min(workers, torch.get_num_threads())
         fuse_rate, read_rate = (
             max(cores * rate, 1e-9) for rate in _rates(prepared, room, elements)
         )
         seconds = sum(job.numels) / fuse_rate + written / write_rate + verified / read_rate
     return Plan(
-        read=job.reads + verified + copied,
+        read=job.reads + prepared.copied + verified + staged,
         written=written,
-        copied=copied,
+        staged=staged,
         memory=max(memory, resident() + max((s.largest_part for s in prepared.sources), default=0)),
         workers=workers,
         unit=elements,

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 import xxhash
 
-from condu.checkpoint.job import Costs, Job
+from condu.checkpoint.costs import Costs
+from condu.checkpoint.job import Job
 from condu.checkpoint.journal import Record
 from condu.checkpoint.options import Options
 from condu.checkpoint.runner import Runner
@@ -30,8 +31,8 @@ class Commit(Protocol):
 
     def __call__(self, target: Target, records: Records) -> None: ...
 
-    def others(self, target: Target) -> Sequence[str]:
-        """Files in the folder that it writes itself."""
+    def others(self, generation: int) -> Mapping[str, int]:
+        """Files that it writes itself, and their sizes."""
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Prepared:
                 writing there: finished shards stay, and the same command goes on from there.
         """
         target = Target(self.folder, self._digest(), temporary=self.temporary)
-        runner = Runner(self.job, target, self.world, self.options)
+        runner = Runner(self.job, target, self.world, self.options, self.copied)
         try:
             with self.world:
                 try:
@@ -90,16 +91,23 @@ class Prepared:
                     with self.world.step():
                         target.find(mark)
                     records = runner.run()
+                    costs = Costs.together(self.world.gather(runner.costs))
                     with self.world.step():
                         if self.world.leads:
                             target.check_whole(records.values())
                             self.commit(target, records)
+                            costs.moved(self.copied, self.copied)
                 except BaseException as error:
                     self._clean_up(target, error)
                     raise
         finally:
             target.close()
-        return runner.costs
+        return costs
+
+    @property
+    def copied(self) -> int:
+        """Bytes that the commit copies: of private tensors, or of files beside a model."""
+        return sum(self.commit.others(0).values())
 
     def _check_states(self, costs: Costs) -> None:
         """Checksums of all files of the states, each looked at by one process."""
@@ -117,7 +125,8 @@ class Prepared:
                 f"what is finished stays in {self.folder}: the same command goes on from there"
             )
         else:
-            target.abandon([*self._names(target.generation), *self.commit.others(target)])
+            names = self._names(target.generation)
+            target.abandon([*names, *self.commit.others(target.generation)])
 
     def _names(self, generation: int) -> Iterator[str]:
         for k in range(len(self.job.shards)):

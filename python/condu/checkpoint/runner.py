@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from condu.checkpoint.job import Costs, Job, Outcome
+from condu.checkpoint.costs import Costs
+from condu.checkpoint.job import Job, Outcome
 from condu.checkpoint.journal import Record
 from condu.checkpoint.memory import rooms, workers_and_elements
 from condu.checkpoint.options import Options
@@ -33,7 +34,11 @@ _UNSYNCED = 256
 class Runner:
     """One process's part in a job."""
 
-    def __init__(self, job: Job, target: Target, world: World, options: Options) -> None:
+    def __init__(
+        self, job: Job, target: Target, world: World, options: Options, more: int = 0
+    ) -> None:
+        """``more``: bytes that are written once the job is done."""
+        self._more = more
         self._job, self._target, self._world, self._options = job, target, world, options
         self.costs = Costs()
         self._elements = max(sum(job.numels), 1)
@@ -56,7 +61,7 @@ class Runner:
         with self._world.step() as step:
             self.costs.workers, step.mine = workers_and_elements(self._job, self._options)
             if self._world.leads:
-                self._target.make_room(self._files(k) for k in rest)
+                self._target.make_room((self._files(k) for k in rest), self._more)
         elements = min(step.all)  # all cut alike
         with self._world.step():
             self._division = Division(

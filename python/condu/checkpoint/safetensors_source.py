@@ -35,7 +35,7 @@ class SafetensorsSource:
     """
 
     is_delta: ClassVar[bool] = False
-    copied: ClassVar[int] = 0
+    staged: ClassVar[int] = 0
     largest_part: ClassVar[int] = 0
 
     def __init__(

@@ -22,7 +22,7 @@ class Source(Protocol):
     is_delta: values are differences from the base; a tensor that is not listed did not change.
     folder: the folder of a whole model, whose other files (configuration, tokenizer) belong to it;
         None of files that were named, and of adapters.
-    copied: bytes that the first ``read`` copies into a file of their own, if it has to.
+    staged: bytes that the first ``read`` copies into a file of their own, if it has to.
     largest_part: bytes that are in memory together then, at most.
     """
 
@@ -32,7 +32,7 @@ class Source(Protocol):
     @property
     def folder(self) -> Path | None: ...
     @property
-    def copied(self) -> int: ...
+    def staged(self) -> int: ...
     @property
     def largest_part(self) -> int: ...
 

@@ -17,6 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from condu.checkpoint.costs import size_text
 from condu.checkpoint.journal import Journal, Record, journals, read_journals
 from condu_ext.files import naming, sync
 from condu_ext.fingerprint import file_fingerprint
@@ -115,20 +116,21 @@ class Target:
         numbers = (generation_of(name) or 0 for name in os.listdir(self.folder))
         self.generation = 1 + max(numbers, default=0)
 
-    def make_room(self, unfinished: Iterable[Sequence[NewFile]]) -> None:
-        """Remove what there is of the files of these shards, and look whether all will fit.
+    def make_room(self, unfinished: Iterable[Sequence[NewFile]], more: int = 0) -> None:
+        """Remove what there is of the files of these shards, and look whether all will fit, and
+        ``more`` bytes beside them.
 
         Raises:
             OSError: the disk has less room than they take.
         """
-        wanted = 0
+        wanted = more
         for file in (file for files in unfinished for file in files):
             (self.folder / file.name).unlink(missing_ok=True)
             wanted += file.size
         if (free := shutil.disk_usage(self.folder).free) < wanted:
             raise OSError(
-                f"{self.folder}: {wanted / 1e6:.1f} MB are to be written, but the disk has "
-                f"{free / 1e6:.1f} MB free"
+                f"{self.folder}: {size_text(wanted)} are to be written, but the disk has "
+                f"{size_text(free)} free"
             )
 
     def begin(self, rank: int) -> None:
