@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from range_models import model, moved, save
+from range_models import data_bytes, model, moved, save
 from small_states import rewritten
 
 import condu_ext as cx
@@ -29,10 +29,10 @@ def test_nan_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
         checkpoint.unify(where, {"good": good, "bad": bad}, state, private=private)
     assert not state.exists()
     checkpoint.unify(where, {"good": good}, state, private=private)
-    before = {file.name: file.read_bytes() for file in state.iterdir()}
+    before = data_bytes(state)
     with pytest.raises(ValueError, match="task 'bad', private tensor 'head': has NaN"):
         checkpoint.absorb(state, "bad", bad, base=where)
-    assert {file.name: file.read_bytes() for file in state.iterdir()} == before
+    assert data_bytes(state) == before
     assert verify(state) == []
     assert cx.UnifiedDelta.load(state).tasks == ("good",)
 
