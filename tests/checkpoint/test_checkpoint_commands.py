@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import condu_ext as cx
+from condu import checkpoint
 from condu.checkpoint import Options, memory
 from condu.checkpoint.bar import progress_bar
 from condu.cli import app
@@ -200,7 +203,7 @@ def test_folders_that_cannot_be_read_or_written(monkeypatch: pytest.MonkeyPatch)
         (("--max-memory", "1M"), r"max_memory: 1 MiB are too few; this needs \d+ MiB"),
         (("--state-dtype", "fp16"), "--state-dtype must be fp32 or bf16, not 'fp16'"),
         (("--zero-sum", "up"), "zero_sum"),
-        (("--device", "abacus"), "abacus"),
+        (("--device", "abacus"), "^device must be 'cpu' or 'cuda', not 'abacus'$"),
         (("--task", "a=ft2"), "--task 'a' is given twice"),
         (("--task", "ft2"), "--task must be NAME=FINETUNED, not 'ft2'"),
         (("--on-mismatch", "guess"), "on_mismatch must be 'error' or 'skip', not 'guess'"),
@@ -209,6 +212,47 @@ def test_folders_that_cannot_be_read_or_written(monkeypatch: pytest.MonkeyPatch)
 def test_bad_options_are_one_line(arguments: tuple[str, ...], message: str) -> None:
     assert re.search(message, refused(*UNIFY, *arguments))
     assert not Path("state").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tasks": ["ft1"]}, r"tasks: expected a mapping of names to checkpoints, got \['ft1'\]"),
+        ({"tasks": {"\ud800": "ft1"}}, "half a surrogate pair"),
+        ({"rule": "negative"}, "rule: expected FusionRule, got 'negative'"),
+        ({"private": [1]}, "private: expected patterns as strings, got 1"),
+        ({"options": {}}, r"options: expected Options, got \{\}"),
+    ],
+)
+def test_wrong_types(wrong: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"tasks": {"a": "ft1"}, "out": "state", **wrong}
+    with pytest.raises((TypeError, ValueError), match=message):
+        checkpoint.unify("base", **given)
+    assert not Path("state").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"device": None}, {"workers": True}, {"max_memory": 1e9}])
+def test_wrong_options(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        checkpoint.Options(**wrong)
+
+
+def test_plan_for_a_disk_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = condu("plan", *UNIFY)
+    assert result.exit_code == 0
+    lacks = r"to write .* kB, which the disk must have free; it lacks 9\d\.\d\d kB"
+    assert re.search(lacks, result.stdout)
+    assert "writing is not measured" in result.stdout
+    assert "No space left on device" in result.stderr
+    assert not list(Path().glob(".condu*"))
 
 
 def test_sizes_of_memory_are_taken_as_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,7 +225,7 @@ def without_room(function: Callable[..., Any], *arguments: object) -> Any:
 def test_no_room_is_seen_before_anything_is_written(commands: Commands, tmp_path: Path) -> None:
     ended = apart(without_room, commands.run, "unify", tmp_path / "new" / "out")
     assert isinstance(ended.error, OSError)
-    assert "2.5 MB are to be written, but the disk has 2.0 MB free" in str(ended.error)
+    assert "2.50 MB are to be written, but the disk has 2.00 MB free" in str(ended.error)
     assert not leftovers(tmp_path)
 
 

@@ -92,6 +92,19 @@ def test_empty_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     assert contents(Path()) == before
 
 
+def test_state_in_the_folder_of_something_else() -> None:
+    tasks = {"a": "tuned.safetensors"}
+    before = contents(Path())
+    with pytest.raises(ValueError, match="base is one of the models; name a new folder"):
+        checkpoint.unify("base", tasks, "base")
+    Path("texts").mkdir()
+    Path("texts/config.json").write_text("{}")
+    with pytest.raises(ValueError, match="texts holds something else; name a new folder"):
+        checkpoint.unify("base", tasks, "texts")
+    Path("texts/config.json").unlink()
+    assert contents(Path()) == before
+
+
 def test_state_among_models() -> None:
     """A state's files beside a model's would make that one unreadable."""
     tasks = {"a": "tuned.safetensors"}
@@ -153,3 +166,13 @@ def test_private_tensors_need_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert size - 2000 < costs.written <= size
     assert expected.read == costs.read
     assert costs.read - 3_000_000 in range(80, 400)
+
+
+def test_one_file_under_the_name_that_is_looked_for() -> None:
+    shutil.copy("base/model.safetensors", "anything.safetensors")
+    extract("expert", base="anything.safetensors")
+    extract("expert.safetensors", base="anything.safetensors")
+    assert leftovers(Path("expert")) == ["model.safetensors"]
+    shutil.move("base/model.safetensors", "base/open_clip_model.safetensors")
+    extract("like the base")
+    assert leftovers(Path("like the base")) == ["config.json", "open_clip_model.safetensors"]

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from idle_job import IdleJob
 
+from condu.checkpoint import Options
+from condu.checkpoint.job import Outcome
 from condu.checkpoint.pipeline import Pipeline
 from condu.checkpoint.room import Room
+from condu.checkpoint.runner import Runner
+from condu.checkpoint.target import Target
 from condu.checkpoint.units import Unit
+from condu.checkpoint.world import World
+from condu_ext.layout import CHUNK
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -117,3 +127,27 @@ def test_what_the_check_raises_ends_all() -> None:
 
 def test_no_units() -> None:
     Pipeline(units(0), lambda unit, room: None, lambda unit, outcome: None, fine).run(rooms(2))
+
+
+def test_disk_that_fails_ends_the_run(tmp_path: Path) -> None:
+    """At once, not only when all units are done."""
+    done = 0
+
+    class Counted(IdleJob):
+        def fuse(self, unit: Unit, inputs: Any, room: Room, generation: int) -> Outcome:
+            nonlocal done
+            done += 1
+            return super().fuse(unit, inputs, room, generation)
+
+    def full(names: Iterable[str]) -> None:
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+    job = Counted([CHUNK * 4096] * 8, 1)
+    target = Target(tmp_path, "job", temporary=False)
+    target.claim()
+    target.start_anew([])
+    target.settle = full  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="the disk is full"):
+        Runner(job, target, World(), Options(workers=2)).run()
+    target.close()
+    assert done < 2048  # of 8 shards of 512 units

@@ -19,6 +19,7 @@ A run that was killed leaves its target as it was, and the same call goes on fro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 
@@ -30,6 +31,8 @@ from condu.checkpoint.options import Options
 from condu.checkpoint.states import PathLike, prepare_absorb, prepare_merge, prepare_unify
 from condu.checkpoint.verifying import verify
 from condu_ext.rule import FusionRule
+
+T = TypeVar("T")
 
 __all__ = [
     "Costs",
@@ -78,14 +81,16 @@ def unify(
         RuntimeError: another process is writing there, or one of several failed.
         All name the file, the task or the tensor.
     """
+    if not isinstance(tasks, Mapping):
+        raise TypeError(f"tasks: expected a mapping of names to checkpoints, got {tasks!r:.80}")
     with prepare_unify(
         base,
         tasks,
         out,
-        rule=rule or FusionRule(),
+        rule=_of_type("rule", rule, FusionRule),
         dtype=dtype,
         private=_patterns(private),
-        options=options or Options(),
+        options=_of_type("options", options, Options),
     ) as prepared:
         return prepared.run()
 
@@ -111,7 +116,7 @@ def absorb(
         its fingerprints), and a damaged state.
     """
     with prepare_absorb(
-        state, task, finetuned, out, base=base, options=options or Options()
+        state, task, finetuned, out, base=base, options=_of_type("options", options, Options)
     ) as prepared:
         return prepared.run()
 
@@ -123,7 +128,7 @@ def merge(a: PathLike, b: PathLike, out: PathLike, *, options: Options | None = 
         As :func:`unify`. ValueError also for tasks in common and states that differ in rule, dtype,
         tensors or base model.
     """
-    with prepare_merge(a, b, out, options=options or Options()) as prepared:
+    with prepare_merge(a, b, out, options=_of_type("options", options, Options)) as prepared:
         return prepared.run()
 
 
@@ -150,7 +155,7 @@ def extract(
         empty.
     """
     with prepare_extract(
-        state, task, out, base=base, options=options or Options(), format=format
+        state, task, out, base=base, options=_of_type("options", options, Options), format=format
     ) as prepared:
         return prepared.run()
 
@@ -158,4 +163,15 @@ def extract(
 def _patterns(private: Iterable[str]) -> tuple[str, ...]:
     if isinstance(private, str):
         raise TypeError(f"private: expected a tuple of patterns, got the string {private!r}")
-    return tuple(private)
+    patterns = tuple(private)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"private: expected patterns as strings, got {pattern!r}")
+    return patterns
+
+
+def _of_type(name: str, given: object, kind: type[T]) -> T:
+    """What was given, or the default where it is None."""
+    if given is not None and not isinstance(given, kind):
+        raise TypeError(f"{name}: expected {kind.__name__}, got {given!r}")
+    return kind() if given is None else given

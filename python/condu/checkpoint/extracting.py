@@ -32,6 +32,8 @@ from condu_ext import ranges
 from condu_ext.layout import offsets
 from condu_ext.ranges import StateRange
 
+SINGLE = "model.safetensors"
+"""The name under which from_pretrained looks for weights in one file."""
 FILE_BYTES = 5 << 30
 """About the size of an output file where the base's files do not say: that of transformers."""
 
@@ -186,18 +188,20 @@ class ExtractJob:
 
 def _groups(base: Source) -> dict[str, list[Stored]]:
     """The base's tensors by the name of the file that they go to."""
-    if isinstance(base, SafetensorsSource):
+    if isinstance(base, SafetensorsSource) and (base.folder or len(base.weights) > 1):
         groups: dict[str, list[Stored]] = {file.name: [] for file in base.weights}
         for tensor in base.tensors.values():
             groups[tensor.file.name].append(tensor)
         return groups
+    if isinstance(base, SafetensorsSource):  # one file, whatever its name
+        return {SINGLE: list(base.tensors.values())}
     parts: list[list[Stored]] = [[]]
     for stored in base.tensors.values():
         if parts[-1] and sum(t.nbytes for t in parts[-1]) + stored.nbytes > FILE_BYTES:
             parts.append([])
         parts[-1].append(stored)
     if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
+        return {SINGLE: parts[0]}
     count = len(parts)
     return {f"model-{k:05}-of-{count:05}.safetensors": p for k, p in enumerate(parts, start=1)}
 

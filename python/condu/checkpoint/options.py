@@ -43,8 +43,12 @@ class Options:
     def __post_init__(self) -> None:
         if self.on_mismatch not in ("error", "skip"):
             raise ValueError(f"on_mismatch must be 'error' or 'skip', not {self.on_mismatch!r}")
-        if torch.device(self.device).type not in ("cpu", "cuda"):
+        try:
+            kind = torch.device(self.device).type
+        except (RuntimeError, TypeError):  # no name of a device
+            kind = ""
+        if kind not in ("cpu", "cuda"):
             raise ValueError(f"device must be 'cpu' or 'cuda', not {self.device!r}")
         for name in ("max_memory", "workers"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
+            if type(value := getattr(self, name)) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from condu.checkpoint.room import Room
 from condu.checkpoint.units import Unit, cut
 
 _SAMPLE_SECONDS = 1.0
-_SAMPLE_BYTES = 64 << 20
+_SAMPLE_BYTES = 16 << 20
 _MEASURE_BYTES = 8 << 20
 
 
@@ -34,7 +35,9 @@ class Plan:
         workers: threads, each with a unit of ``unit`` elements.
         fuse_rate: elements that all workers read and fuse in a second, measured on a sample; None
             where a model would have to be copied for that.
-        write_rate: bytes that one worker writes in a second, measured in the target's folder.
+        write_rate: bytes that one worker writes in a second, measured in the target's folder; None
+            where nothing can be written.
+        missing: bytes that the disk lacks.
         seconds: expected, with the disk's waiting; None as ``fuse_rate``.
         other_dtype: the other dtype that the state could have, and the bytes it would have then;
             None where no new state is made.
@@ -47,15 +50,20 @@ class Plan:
     workers: int
     unit: int
     fuse_rate: float | None
-    write_rate: float
+    write_rate: float | None
+    missing: int
     seconds: float | None
     other_dtype: tuple[torch.dtype, int] | None = None
 
     def lines(self) -> list[str]:
         """For a terminal."""
+        lacks = f"; it lacks {size_text(self.missing)}" if self.missing else ""
+        writing = "writing is not measured"
+        if self.write_rate is not None:
+            writing = f"{size_text(self.write_rate)}/s written"
         found = [
             f"to read           {size_text(self.read)}",
-            f"to write          {size_text(self.written)}, which the disk must have free",
+            f"to write          {size_text(self.written)}, which the disk must have free{lacks}",
         ]
         if self.staged:
             found.append(
@@ -65,7 +73,6 @@ class Plan:
             f"memory, at most   {self.memory / 2**20:.0f} MiB: {self.workers} workers with units "
             f"of {self.unit / 1024:.0f} Ki elements"
         )
-        writing = f"{size_text(self.write_rate)}/s written"
         if self.fuse_rate is None or self.seconds is None:
             found.append(f"expected time     not measured before the copy; {writing}")
         else:
@@ -82,11 +89,11 @@ class Plan:
 
 def plan(prepared: Prepared) -> Plan:
     """Look at a prepared command: sizes from headers, rates from a sample of its own work and from
-    a file of 64 MiB that is written beside the target and removed.
+    a file of 16 MiB that is written beside the target and removed.
 
     Raises:
         ValueError: NaN or infinite values in the sample, or too little memory.
-        OSError: a file cannot be read, or none can be written beside the target.
+        OSError: a file cannot be read.
     """
     job, options = prepared.job, prepared.options
     workers, elements = workers_and_elements(job, options)
@@ -94,7 +101,12 @@ def plan(prepared: Prepared) -> Plan:
     memory = resident() + (workers - 1) * room.size
     verified = sum(state.data_bytes for state in prepared.states)
     staged = prepared.world.size * sum(source.staged for source in prepared.sources)
-    write_rate = _write_rate(prepared.folder)
+    place = next(p for p in (prepared.folder, *prepared.folder.parents) if p.is_dir())
+    try:
+        write_rate = _write_rate(place)
+    except OSError as error:
+        options.report(f"{place}: {error.strerror}, so how fast it writes is not known")
+        write_rate = None
     written = sum(f.size for k in range(len(job.shards)) for f in job.files(k, 1))
     written += prepared.copied
     fuse_rate = seconds = None
@@ -103,7 +115,8 @@ def plan(prepared: Prepared) -> Plan:
         fuse_rate, read_rate = (
             max(cores * rate, 1e-9) for rate in _rates(prepared, room, elements)
         )
-        seconds = sum(job.numels) / fuse_rate + written / write_rate + verified / read_rate
+        seconds = sum(job.numels) / fuse_rate + verified / read_rate
+        seconds += written / write_rate if write_rate else 0
     return Plan(
         read=job.reads + prepared.copied + verified + staged,
         written=written,
@@ -113,6 +126,7 @@ def plan(prepared: Prepared) -> Plan:
         unit=elements,
         fuse_rate=fuse_rate,
         write_rate=write_rate,
+        missing=max(0, written + staged - shutil.disk_usage(place).free),
         seconds=seconds,
         other_dtype=prepared.other_dtype,
     )
@@ -144,9 +158,8 @@ def _sample(prepared: Prepared, elements: int) -> Iterator[Unit]:
         yield from (unit for unit in units if unit is not None)
 
 
-def _write_rate(folder: Path) -> float:
-    """Bytes a second of a file beside ``folder``, on disk."""
-    place = next(p for p in (folder, *folder.parents) if p.is_dir())
+def _write_rate(place: Path) -> float:
+    """Bytes a second of a file in a folder, on disk."""
     file = place / f".condu-plan-{os.getpid()}"
     data = os.urandom(_MEASURE_BYTES)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,7 +98,8 @@ class Prepared:
                             self.commit(target, records)
                             costs.moved(self.copied, self.copied)
                 except BaseException as error:
-                    self._clean_up(target, error)
+                    with suppress(OSError):  # the error that is on its way comes first
+                        self._clean_up(target, error)
                     raise
         finally:
             target.close()

@@ -168,6 +168,8 @@ class Runner:
             self._syncs.append(self._syncer.submit(self._finish, k, record))
             while len(self._syncs) * len(record.files) > _UNSYNCED:
                 self._syncs.popleft().result()
+        while self._syncs and self._syncs[0].done():  # a disk that fails ends the run at once
+            self._syncs.popleft().result()
 
     def _new_tally(self, k: int) -> Tally:
         owners, own = self._division.owners(k), self._division.count(self._world.rank, k)

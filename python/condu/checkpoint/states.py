@@ -218,12 +218,10 @@ def _new_folder(out: PathLike, *inputs: PathLike) -> Path:
     """Where a new state goes.
 
     Raises:
-        ValueError: there is one, or a model. NotADirectoryError: there is a file.
+        ValueError: there is one, or a model, or another ``config.json``. NotADirectoryError: there
+            is a file.
     """
     folder = path_of("out", out)
-    if (folder / CONFIG).exists():
-        tasks = ", ".join(task.name for task in read_manifest(folder).tasks)
-        raise ValueError(f"{folder} already holds a state, of the tasks {tasks}")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, not a folder for a state")
     for where in inputs:
@@ -234,6 +232,14 @@ def _new_folder(out: PathLike, *inputs: PathLike) -> Path:
             raise ValueError(
                 f"{folder} holds a model ({file.name}); name a new folder for the state"
             )
+    if (folder / CONFIG).exists():
+        try:
+            tasks = ", ".join(task.name for task in read_manifest(folder).tasks)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} holds something else; name a new folder for the state ({error})"
+            ) from None
+        raise ValueError(f"{folder} already holds a state, of the tasks {tasks}")
     return folder
 
 

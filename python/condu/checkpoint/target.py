@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -18,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from condu.checkpoint.costs import size_text
+from condu.checkpoint.file_writer import FileWriter
 from condu.checkpoint.journal import Journal, Record, journals, read_journals
-from condu_ext.files import naming, sync
+from condu_ext.files import sync
 from condu_ext.fingerprint import file_fingerprint
 from condu_ext.manifest import CONFIG, CheckpointError, generation_of, read_manifest
 from condu_ext.storage import LOCK, writer_lock
@@ -56,8 +56,8 @@ class Target:
         self._made: list[Path] = []
         self._held = ExitStack()
         self._journal: Journal | None = None
-        self._descriptors: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._files = FileWriter(folder)
+        self.write, self.settle = self._files.write, self._files.settle
 
     def claim(self) -> None:
         """Make the folder, keep other writers out, and look for what an earlier run finished. For
@@ -136,36 +136,6 @@ class Target:
     def begin(self, rank: int) -> None:
         """Open this process's journal."""
         self._journal = Journal(self.folder, rank, self._job, self.generation)
-
-    def write(self, name: str, offset: int, data: memoryview | bytes) -> None:
-        """Put bytes at their place in a file.
-
-        Raises:
-            OSError: naming the file; the disk is full, and so on.
-        """
-        with naming(self.folder / name):
-            descriptor = self._open(name)
-            rest = memoryview(data)
-            while rest:
-                count = os.pwrite(descriptor, rest, offset)
-                rest, offset = rest[count:], offset + count
-
-    def settle(self, names: Iterable[str]) -> None:
-        """Close files of this process, with all that was written on disk.
-
-        Raises:
-            OSError: naming the file.
-        """
-        for name in names:
-            with self._lock:
-                descriptor = self._descriptors.pop(name, None)
-            if descriptor is None:
-                continue
-            try:
-                with naming(self.folder / name):
-                    os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
     def fingerprint(self, name: str) -> str:
         """xxh3 of a file, read anew."""
@@ -251,17 +221,8 @@ class Target:
         """Close all files; another process may write in the folder again."""
         if self._journal is not None:
             self._journal.close()
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+        self._files.close()
         self._held.close()
-
-    def _open(self, name: str) -> int:
-        with self._lock:
-            if name not in self._descriptors:
-                flags = os.O_RDWR | os.O_CREAT
-                self._descriptors[name] = os.open(self.folder / name, flags, 0o666)
-            return self._descriptors[name]
 
     def _remove(self, names: Iterable[str]) -> None:
         for path in (*journals(self.folder), *(self.folder / name for name in names)):

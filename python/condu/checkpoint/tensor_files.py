@@ -9,6 +9,7 @@ Format: 8 bytes (little-endian length of the header), the header (JSON, padded w
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _ALIGN = 8
-_OPEN_FILES = 256  # at most, of one reader
+_OPEN_FILES = 256  # at most, of all readers
 _METADATA = "__metadata__"
 _DTYPES = {
     "F64": torch.float64,
@@ -155,13 +156,12 @@ def has_nan(values: Tensor) -> bool:
 class FileReader:
     """Files to read parts of tensors from, in any number of threads; closed as one.
 
-    The latest used stay open: a large state with many tasks has thousands, more than a process may
-    open.
+    The latest used, of all readers, stay open: there are more tasks than files that a process may
+    have open, each with files of its own.
     """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
-        self._lock = threading.Lock()
+        self._number = next(_numbers)
 
     def read(self, tensor: StoredTensor, start: int, stop: int, out: Tensor) -> None:
         """Elements [start, stop) of a tensor into ``out``, flat and of its dtype.
@@ -182,8 +182,9 @@ class FileReader:
             into, offset = into[count:], offset + count
 
     def close(self) -> None:
-        with self._lock:
-            self._open.clear()
+        with _lock:
+            for key in [key for key in _open if key[0] == self._number]:
+                del _open[key]
 
     def __enter__(self) -> FileReader:
         return self
@@ -192,13 +193,14 @@ class FileReader:
         self.close()
 
     def _descriptor(self, file: Path) -> _Descriptor:
-        with self._lock:
-            if file not in self._open:
-                self._open[file] = _Descriptor(file)
-            self._open.move_to_end(file)
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-            return self._open[file]
+        key = self._number, file
+        with _lock:
+            if key not in _open:
+                _open[key] = _Descriptor(file)
+            _open.move_to_end(key)
+            if len(_open) > _OPEN_FILES:
+                _open.popitem(last=False)
+            return _open[key]
 
 
 class _Descriptor:
@@ -210,3 +212,9 @@ class _Descriptor:
     def __del__(self) -> None:
         if hasattr(self, "number"):
             os.close(self.number)
+
+
+_numbers = itertools.count()
+_open: OrderedDict[tuple[int, Path], _Descriptor] = OrderedDict()
+"""The open files, by number of the reader and name; the latest used is the last one."""
+_lock = threading.Lock()
