@@ -220,9 +220,14 @@ def writer_lock(directory: Path) -> Iterator[None]:
     Raises:
         RuntimeError: another process holds it. OSError: the folder cannot be written.
     """
-    with open(directory / LOCK, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"{directory}: another process is writing this state") from None
-        yield
+    file, held = directory / LOCK, False
+    while not held:
+        with open(file, "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(f"{directory}: another process is writing this state") from None
+            # whoever held it may have removed it since it was opened: then it keeps nobody out
+            held = file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat())
+            if held:
+                yield

@@ -93,7 +93,7 @@ def _run(
     from condu.checkpoint.options import Options
     from condu.checkpoint.world import World, launched
 
-    with launched():
+    with launched(lambda line: complain(line, kind="note")):
         talks = World.current().leads
 
         def report(line: str) -> None:

@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 import condu_ext as cx
 from condu import checkpoint
-from condu.checkpoint import Options, memory
+from condu.checkpoint import Options, memory, world
 from condu.checkpoint.bar import progress_bar
 from condu.cli import app
 
@@ -248,8 +248,7 @@ def test_plan_for_a_disk_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", full)
     result = condu("plan", *UNIFY)
     assert result.exit_code == 0
-    lacks = r"to write .* kB, which the disk must have free; it lacks 9\d\.\d\d kB"
-    assert re.search(lacks, result.stdout)
+    assert re.search(r"to write .* the disk must have free; it lacks 9\d\.\d\d kB", result.stdout)
     assert "writing is not measured" in result.stdout
     assert "No space left on device" in result.stderr
     assert not list(Path().glob(".condu*"))
@@ -322,3 +321,21 @@ def test_processes_of_a_machine_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch)
     for device in ("cuda", "cuda:1", "cpu"):
         assert refused("plan", *UNIFY, "--device", device) == "enough"
     assert seen == ["cuda:3", "cuda:1", "cpu"]
+
+
+def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert refused(*UNIFY) == "the environment variable WORLD_SIZE must be a number, not 'many'"
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    monkeypatch.setattr(world, "_LATE", 0.1)
+
+    def nobody(*arguments: object, **options: object) -> Any:
+        time.sleep(0.5)
+        raise RuntimeError("nobody came")
+
+    monkeypatch.setattr(world.dist, "rendezvous", nobody)
+    result = condu(*UNIFY)
+    assert result.exit_code != 0
+    assert "waiting at localhost:1234 for the 2 processes" in result.stderr

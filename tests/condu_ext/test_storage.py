@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import json
 import os
 import re
@@ -735,3 +736,27 @@ def test_objects_in_place_of_a_state(tmp_path: Path) -> None:
         make_state(1).save(tmp_path / "file")
     with pytest.raises(OSError, match="file"):
         cx.UnifiedDelta.load(tmp_path / "file")
+
+
+def test_lock_that_was_removed_while_it_was_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps nobody out, so it does not count."""
+    lock = fcntl.flock
+    calls = 0
+
+    def removed_before(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            (tmp_path / ".lock").unlink()
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with (
+        storage.writer_lock(tmp_path),
+        pytest.raises(RuntimeError, match="another process is writing"),
+        storage.writer_lock(tmp_path),
+    ):
+        pass
+    assert calls == 3

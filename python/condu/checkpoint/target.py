@@ -83,7 +83,12 @@ class Target:
         """Leave a mark in the lock, for the others to find; by the process that claimed it."""
         mark = uuid.uuid4().hex
         (self.folder / LOCK).write_text(mark)
+        self._held.callback(self._unmark)
         return mark
+
+    def _unmark(self) -> None:
+        with suppress(OSError):  # it may have been removed, with the folder or without
+            os.truncate(self.folder / LOCK, 0)
 
     def find(self, mark: str) -> None:
         """Look for another process's mark.

@@ -8,6 +8,7 @@ nccl.
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from condu.checkpoint.options import Report
 from condu.checkpoint.watch import OtherGone, Watch
 from condu_ext.collective import Step, gather
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+_LATE = 5.0  # seconds of waiting, before the user hears of it
 _ASSEMBLY = timedelta(minutes=30)  # for all to be there
 _PATIENCE = timedelta(days=7)  # byte-balanced processes still may wait long for the slowest disk
 
@@ -107,12 +110,27 @@ def _store() -> dist.Store:
 
 
 @contextmanager
-def launched() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did, for the time of the block."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+def launched(report: Report) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did, for the time of the block.
+
+    ``report`` gets a line if they are long in coming: perhaps nobody started any, and only the
+    variables of an earlier torchrun are set.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal():
+        raise ValueError(f"the environment variable WORLD_SIZE must be a number, not {count!r}")
+    if int(count) == 1 or dist.is_initialized():
         yield
         return
-    store, rank, size = next(dist.rendezvous("env://", timeout=_ASSEMBLY))
+    where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    line = f"waiting at {where} for the {count} processes that WORLD_SIZE speaks of"
+    late = threading.Timer(_LATE, report, [line])
+    late.daemon = True
+    late.start()
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=_ASSEMBLY))
+    finally:
+        late.cancel()
     store.set_timeout(_ASSEMBLY)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
