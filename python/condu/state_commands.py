@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from condu.terminal import Debug, errors
+from condu.terminal import Debug, errors, printable
 
 app = typer.Typer()
 
@@ -50,7 +50,8 @@ def verify_state(
         typer.Option(metavar="BASE", help="Also compare this model with the recorded base."),
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read a BASE that is a .bin or .pt file.")
+        bool,
+        typer.Option("--allow-pickle", help="Read a BASE of .bin or .pt files or a DCP folder."),
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -64,7 +65,7 @@ def verify_state(
 
         faults = verify(state, base, allow_pickle=allow_pickle)
         for fault in faults:
-            print(fault)
+            print(printable(fault))
         if faults:
             raise typer.Exit(1)
         print(f"{state}: whole" + ("" if base is None else f", and over {base}"))
@@ -79,7 +80,6 @@ def drop_task(
     """Forget a task. The unified delta and all other tasks stay as they are."""
     with errors("drop", debug):
         from condu.checkpoint.editing import drop
-        from condu.checkpoint.inspection_tables import printable
 
         drop(state, task)
         print(f"{state}: task {printable(task)} dropped")
@@ -95,7 +95,6 @@ def rename_task(
     """Give a task another name."""
     with errors("rename", debug):
         from condu.checkpoint.editing import rename
-        from condu.checkpoint.inspection_tables import printable
 
         rename(state, old, new)
         print(f"{state}: task {printable(old)} is {printable(new)} now")

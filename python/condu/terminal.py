@@ -53,4 +53,9 @@ def errors(command: str, debug: bool) -> Iterator[None]:
 
 def complain(message: str, *, kind: str = "error") -> None:
     """Write an error, or what ``kind`` says, as one line."""
-    print(f"{kind}: {message}", file=sys.stderr)
+    print(f"{kind}: {printable(message)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """A text as the terminal may have it: names of tasks and files may hold control characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -127,6 +127,11 @@ def test_where_transformers_does_not_know_the_base_names_stay(tmp_path: Path) ->
         {**known, "model_type": "of_nobody"},
         {**known, "architectures": ["OfNobody"]},
         {**known, "architectures": None},
+        {**known, "architectures": "LlavaForConditionalGeneration"},
+        {**known, "architectures": ["pipeline"]},
+        {**known, "architectures": [7]},
+        {**known, "text_config": {**known["text_config"], "num_attention_heads": 0}},
+        {**known, "text_config": {**known["text_config"], "hidden_size": "wide"}},
     ]
     for content in unknown:
         config.write_text(json.dumps(content))

@@ -77,6 +77,12 @@ def test_a_sequence_of_commands() -> None:
     assert all(torch.equal(found[name], expected[name]) for name in base)
 
 
+def test_names_cannot_steer_the_terminal() -> None:
+    done("unify", "base", "--task", "\x1b[2Ja=ft1", "-o", "state")
+    errors = condu("extract", "state", "--base", "base", "--task", "x", "-o", "expert").stderr
+    assert errors == "error: unknown task 'x'; the state holds \\x1b[2Ja\n"
+
+
 def test_the_state_dtype_and_the_rule() -> None:
     done(*UNIFY, "--state-dtype", "bf16", "--zero-sum", "zero", "--rescale", "per_tensor")
     state = cx.UnifiedDelta.load("state")

@@ -92,6 +92,13 @@ def test_masks_are_read_by_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert 2000 < 5 * max(sizes) <= 3000
 
 
+def test_more_bits_in_a_range_than_16_bits_count(tmp_path: Path) -> None:
+    cx.unify({task: {"w": torch.ones(70_001)} for task in "ab"}, None).save(tmp_path)
+    found = inspect(tmp_path)
+    assert [task.density for task in found.tasks] == [1.0, 1.0]
+    assert found.agreement == [[1.0, 1.0], [1.0, 1.0]]
+
+
 def test_the_rest_is_as_config_and_files_have_it(tmp_path: Path) -> None:
     rule = cx.FusionRule("zero", "tensor_mean")
     save(cx.unify({"a": {"w": torch.ones(9)}}, None, rule=rule), tmp_path)
@@ -169,7 +176,7 @@ def test_tables_of_few_tasks(tmp_path: Path) -> None:
     text = run(tmp_path)
     assert all(word in text for word in ("tiny", "2,550 parameters in 7 tensors", "not counted"))
     found = inspect(tmp_path)
-    assert r"'[red]\x1b[2J'" in text
+    assert r"[red]\x1b[2J" in text
     assert "\x1b" not in text
     for task in found.tasks:
         assert f"{task.rescaler[0]:.4f}" in text

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from range_models import assert_same, load, model, moved, save
+from runs import contents
 from torch import Tensor
 
 import condu_ext as cx
@@ -125,10 +126,6 @@ def state(tmp_path: Path) -> Path:
     tuned = save(moved(base, 1), tmp_path / "a.safetensors")
     checkpoint.unify(where, {"a": tuned}, tmp_path / "state")
     return tmp_path / "state"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_another_base_is_refused(tmp_path: Path, state: Path) -> None:

@@ -92,6 +92,19 @@ def test_empty_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     assert contents(Path()) == before
 
 
+def test_state_in_the_folder_of_something_else() -> None:
+    tasks = {"a": "tuned.safetensors"}
+    before = contents(Path())
+    with pytest.raises(ValueError, match="base is one of the models; name a new folder"):
+        checkpoint.unify("base", tasks, "base")
+    Path("texts").mkdir()
+    Path("texts/config.json").write_text("{}")
+    with pytest.raises(ValueError, match="texts holds something else; name a new folder"):
+        checkpoint.unify("base", tasks, "texts")
+    Path("texts/config.json").unlink()
+    assert contents(Path()) == before
+
+
 def test_state_among_models() -> None:
     """A state's files beside a model's would make that one unreadable."""
     tasks = {"a": "tuned.safetensors"}

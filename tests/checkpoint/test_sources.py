@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -68,9 +69,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def test_a_model_of_the_hub_with_all_that_belongs_to_it(hub: Hub) -> None:
     folder = hub.root / "org" / "vlm-1.5"
     llava(folder, seed=0)
-    whole = {file.name for file in folder.iterdir()}
+    texts = ("qwen.tiktoken", "modeling_vlm.py", "vocab.bpe", "LICENSE", "1_Pooling/config.json")
+    for name in texts:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    whole = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
     (folder / "onnx").mkdir()
-    for other in ("onnx/m.safetensors", "consolidated.safetensors", "pytorch_model.bin", "a.gguf"):
+    for other in (
+        "onnx/m.safetensors",
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "a.gguf",
+        "b.onnx_data",
+    ):
         (folder / other).write_bytes(b"other")
     source = open_source("org/vlm-1.5")  # a path too, here
     assert hub.asked == []
@@ -98,11 +109,29 @@ def test_pickles_are_fetched_only_where_there_is_nothing_else(hub: Hub) -> None:
     assert open_source("org/old", allow_pickle=True).tensors.keys() == {"y"}
 
 
-def test_what_the_hub_does_not_give_is_one_line(hub: Hub) -> None:
-    with pytest.raises(OSError, match=r"org/none: no such file or folder, and the .* hub") as error:
-        open_source("org/none")
-    assert "LocalEntryNotFoundError: Cannot reach it. Please check" in str(error.value)
-    assert "\n" not in str(error.value)
+def test_what_the_hub_does_not_give_is_one_clause(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    response = Mock(headers={})
+    said = {
+        "cannot be reached": errors.LocalEntryNotFoundError("Cannot find it.\nCheck."),
+        "has none of that name, or a private one": errors.RepositoryNotFoundError(
+            "404 Client Error.\n\nRepository Not Found", response=response
+        ),
+        "gives it only to those whom its owner lets": errors.GatedRepoError(
+            "403.\nGated", response=response
+        ),
+        "says RuntimeError: odd things": RuntimeError("odd\n things"),
+    }
+    for reason, error in said.items():
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error))
+        with pytest.raises(FileNotFoundError) as raised:
+            open_source("org/none")
+        line = f"org/none: no such file or folder, and the Hugging Face hub {reason}"
+        assert str(raised.value) == line
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from small_states import change_config, make_state, misfit, model, rewritten, sa
 from typer.testing import CliRunner
 
 import condu_ext as cx
-from condu.checkpoint import verifying
+from condu.checkpoint import fingerprints, verifying
 from condu.checkpoint.verifying import verify
 from condu.state_commands import app
 from condu_ext import storage
@@ -251,6 +251,14 @@ def test_bases_that_differ(saved: Path, base: Path) -> None:
         f"tensor 'text.w': {other}",
     }
     assert str(file) in lines[0]
+
+
+@pytest.mark.parametrize("piece", [1, 64, 1000])
+def test_fingerprints_of_tensors_of_several_pieces(
+    saved: Path, base: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(fingerprints, "_PIECE", piece)
+    assert verify(saved, base) == []
 
 
 def test_states_without_fingerprints(tmp_path: Path, base: Path) -> None:

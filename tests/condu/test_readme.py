@@ -33,3 +33,11 @@ def test_an_example_runs_and_prints_what_it_says(
 @pytest.mark.parametrize("code", [code for code, _ in BLOCKS])
 def test_every_example_is_python(code: str) -> None:
     compile(code, "README.md", "exec")
+
+
+def test_checkpoints_may_be_fused_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state is not replaced by another, so an example must not leave one."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = (code for code, _ in WHOLE if "checkpoint.unify" in code)
+    for _ in range(2):
+        exec(code, {"__name__": "__main__"})

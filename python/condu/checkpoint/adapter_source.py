@@ -35,6 +35,9 @@ class AdapterSource:
     """
 
     is_delta: ClassVar[bool] = True
+    folder: ClassVar[None] = None
+    staged: ClassVar[int] = 0
+    largest_part: ClassVar[int] = 0
 
     def __init__(self, where: str, folder: Path, base: Source | None = None) -> None:
         adapter = AdapterFolder.read(folder)
@@ -64,10 +67,9 @@ class AdapterSource:
 
 
 def _named_as_in(base: Source | None, products: dict[str, Product]) -> dict[str, Product]:
-    folder = getattr(base, "folder", None)  # of a Hugging Face folder
-    if base is None or folder is None or products.keys() <= base.tensors.keys():
+    if base is None or base.folder is None or products.keys() <= base.tensors.keys():
         return products
-    stored = names_when_loaded(folder, base.tensors)
+    stored = names_when_loaded(base.folder, base.tensors)
     return {stored.get(name, name): product for name, product in products.items()}
 
 

@@ -18,7 +18,13 @@ from condu.checkpoint.sources import Source, Stored
 from condu.checkpoint.state_files import StateFiles
 from condu.checkpoint.state_job import StateJob
 from condu.checkpoint.target import Target
-from condu.checkpoint.tensor_files import FileReader, StoredTensor, as_bytes, new_header
+from condu.checkpoint.tensor_files import (
+    FileReader,
+    StoredTensor,
+    as_bytes,
+    has_nan,
+    new_header,
+)
 from condu_ext import _C
 from condu_ext.files import replace
 from condu_ext.manifest import CONFIG, Manifest, TaskEntry, generation_of, read_manifest
@@ -178,12 +184,17 @@ class Commit:
         return changed
 
     def _copy_private(self, target: Target) -> dict[str, dict[str, Any]]:
-        """Write the private tensors of all tasks."""
+        """Write the private tensors of all tasks.
+
+        Raises:
+            ValueError: NaN in one, naming task and tensor.
+        """
         files = {}
-        for number, source in enumerate(self._private()):
+        tasks = self._job.fusion.tasks
+        for number, (task, source) in enumerate(zip(tasks, self._private(), strict=True)):
             if source.tensors:
                 name = _private_file(target.generation, number)
-                files[name] = _copied(target, name, source)
+                files[name] = _copied(target, name, task, source)
         return files
 
 
@@ -226,8 +237,8 @@ def _header(source: _Tensors) -> tuple[bytes, dict[str, StoredTensor], int]:
     return new_header(Path(), [(t.name, t.dtype, t.shape) for t in source.tensors.values()])
 
 
-def _copied(target: Target, file: str, source: _Tensors) -> dict[str, Any]:
-    """Write tensors into a file of their own, piece by piece; its size and checksum."""
+def _copied(target: Target, file: str, task: str, source: _Tensors) -> dict[str, Any]:
+    """Write a task's tensors into a file of their own, piece by piece; its size and checksum."""
     header, places, size = _header(source)
     digest = xxhash.xxh3_64(header)
     target.write(file, 0, header)
@@ -235,6 +246,8 @@ def _copied(target: Target, file: str, source: _Tensors) -> dict[str, Any]:
         for start in range(0, tensor.numel, _PIECE):
             piece = torch.empty(min(_PIECE, tensor.numel - start), dtype=tensor.dtype)
             source.read(name, start, start + piece.numel(), piece)
+            if has_nan(piece):  # infinity may be meant: masks of attention have it
+                raise ValueError(f"task {task!r}, private tensor {name!r}: has NaN values")
             target.write(file, places[name].offset + start * tensor.dtype.itemsize, as_bytes(piece))
             digest.update(as_bytes(piece))
     target.settle([file])

@@ -6,11 +6,12 @@ The planners and the storage of torch.distributed.checkpoint are called one afte
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,9 +26,11 @@ from torch.distributed.checkpoint import (
 from condu.checkpoint.dcp_metadata import MetadataReader
 from condu.checkpoint.pickles import reason
 from condu.checkpoint.safetensors_source import SafetensorsSource
-from condu.checkpoint.tensor_files import FileReader, StoredTensor, new_header
+from condu.checkpoint.scratch import ScratchFile
+from condu.checkpoint.tensor_files import FileReader, StoredTensor, new_header, seen
 
 _STAGED_TOGETHER = 256 << 20
+_SMALL = 1 << 20
 
 
 class DistributedSource:
@@ -35,7 +38,8 @@ class DistributedSource:
 
     What was saved under "state_dict" or "model", if there is such an entry, else everything; names
     lose what wrappers add. Its parts lie in pickles that cannot be read by ranges, so the first
-    ``read`` copies the model, part by part, into a file of ``scratch``; ``close`` removes it.
+    ``read`` copies the model, part by part, into a file of ``scratch``; ``close`` removes it. Small
+    tensors that are not fused are read without that.
 
     Raises:
         OSError: a file is missing or cannot be read; or no room in ``scratch``, on the first read.
@@ -55,52 +59,75 @@ class DistributedSource:
                 " them and runs nothing that is not torch's"
             )
         self.where = where
-        self._folder = folder
+        self.folder = folder
         self._reader = MetadataReader(folder)
         self.files: Sequence[Path] = self._reader.files
         model = self._reader.model()
         self._saved_names = {name: saved for name, (saved, _) in model.items()}
         kinds = [(n, kind.properties.dtype, tuple(kind.size)) for n, (_, kind) in model.items()]
         kinds.sort(key=lambda tensor: -tensor[1].itemsize)  # so all of them are aligned
-        self._scratch = TemporaryDirectory(prefix="condu-", dir=scratch)
-        self._file = Path(self._scratch.name, "model.safetensors")
         try:
-            self._header, self.tensors, self._size = new_header(self._file, kinds)
+            self._header, self.tensors, self.staged = new_header(folder, kinds)
         except KeyError as error:
-            self._scratch.cleanup()
             raise ValueError(f"{folder}: holds tensors of {error}, which is not known") from None
+        parts = [(part, kind) for _, kind in model.values() for part in kind.chunks]
+        self.largest_part = max(
+            (math.prod(part.sizes) * kind.properties.dtype.itemsize for part, kind in parts),
+            default=0,
+        )
+        self._place = scratch
         self._lock = threading.Lock()
-        self._staged = False
+        self._scratch: ScratchFile | None = None
+        self._small: dict[str, Tensor] = {}
         self._copy = FileReader()
 
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        tensor = self.tensors[name]
         with self._lock:
-            if not self._staged:
-                self._stage()
-                self._staged = True
-        self._copy.read(self.tensors[name], start, stop, out)
+            if not tensor.dtype.is_floating_point and tensor.nbytes <= _SMALL:
+                if name not in self._small:
+                    self._small[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    self._load({name: self._small[name]})
+                out[: stop - start].copy_(self._small[name].view(-1)[start:stop])
+                return
+            if self._scratch is None:
+                self._scratch = self._staged()
+        self._copy.read(replace(tensor, file=self._scratch.path), start, stop, out)
 
     def close(self) -> None:
         self._copy.close()
-        self._scratch.cleanup()
+        self._small = {}
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
 
-    def _stage(self) -> None:
-        """Copy the model into the scratch file."""
-        with open(self._file, "wb") as stream:
+    def _staged(self) -> ScratchFile:
+        """A copy of the model."""
+        scratch = ScratchFile(repr(seen(self.files)), self._place)
+        try:
+            self._stage(scratch.path)
+        except BaseException:
+            scratch.close()
+            raise
+        return scratch
+
+    def _stage(self, file: Path) -> None:
+        with open(file, "r+b") as stream:
             stream.write(self._header)
             stream.flush()
-            _reserve(self._file, stream.fileno(), self._size)
+            _reserve(file, stream.fileno(), self.staged)
+        mapped = np.memmap(file, np.uint8, "r+")
         group: list[StoredTensor] = []
         for tensor in self.tensors.values():
             if group and sum(t.nbytes for t in group) + tensor.nbytes > _STAGED_TOGETHER:
-                self._load(group)
+                self._load({t.name: _mapped(mapped, t) for t in group})
                 group = []
             group.append(tensor)
-        self._load(group)
+        self._load({t.name: _mapped(mapped, t) for t in group})
 
-    def _load(self, group: Sequence[StoredTensor]) -> None:
-        mapped = np.memmap(self._file, np.uint8, "r+")
-        wanted = {self._saved_names[tensor.name]: _mapped(mapped, tensor) for tensor in group}
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors with what the folder has under their names."""
+        wanted = {self._saved_names[name]: tensor for name, tensor in tensors.items()}
         try:
             metadata = self._reader.read_metadata()
             planner = DefaultLoadPlanner(flatten_state_dict=False)
@@ -112,7 +139,7 @@ class DistributedSource:
         except OSError:
             raise
         except Exception as error:  # a damaged pickle can fail as anything
-            raise ValueError(f"{self._folder}: {reason(error)}") from None
+            raise ValueError(f"{self.folder}: {reason(error)}") from None
 
 
 def write_dcp(folder: Path) -> None:

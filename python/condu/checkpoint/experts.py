@@ -38,11 +38,12 @@ def prepare_extract(
         job = ExtractJob(opened_state, names.index(task), start, device_of(options))
         if place.suffix == ".safetensors" and (len(job.shards) > 1 or format == "dcp"):
             raise ValueError(f"{place}: the model takes a folder, not one file")
-        home: Path | None = getattr(start, "folder", None)
+        home = start.folder
         beside = others_in(home, options.report) if home and world.leads else []
         step.claims["the command"] = identity = identity_of(
             "extract", [start], [task], options, states=[opened_state], format=format
         )
+        step.claims["the layout of the model"] = job.layout
     commit = _Commit(job, start, place, format, beside)
     folder = place.with_name(f".{place.name}.unfinished")
     return Prepared(
@@ -53,6 +54,7 @@ def prepare_extract(
         commit,
         world,
         options,
+        sources=[start],
         states=[opened_state],
         temporary=True,
         held=held,
@@ -93,7 +95,6 @@ class _Commit:
         self._beside = beside
 
     def __call__(self, target: Target, records: Records) -> None:
-        folder: Path | None = getattr(self._base, "folder", None)
         if self._out.suffix == ".safetensors":
             (name,) = (file.name for k in records for file in self._job.files(k, 0))
             target.commit_file(name, self._out)
@@ -105,7 +106,7 @@ class _Commit:
             from condu.checkpoint.dcp import write_dcp
 
             write_dcp(target.folder)
-        if folder is not None:
+        if (folder := self._base.folder) is not None:
             for file in self._beside:
                 to = target.folder / file
                 to.parent.mkdir(parents=True, exist_ok=True)
@@ -115,5 +116,5 @@ class _Commit:
     def others(self, generation: int) -> dict[str, int]:
         if self._out.suffix == ".safetensors":
             return {}
-        folder = getattr(self._base, "folder", None) or Path()
+        folder = self._base.folder or Path()
         return {str(file): (folder / file).stat().st_size for file in self._beside}

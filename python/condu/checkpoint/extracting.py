@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from condu.checkpoint.fingerprints import source_fingerprint
@@ -164,6 +165,12 @@ class ExtractJob:
     def _new_places(self, shard: int) -> dict[str, StoredTensor]:
         return self._header(shard)[1]
 
+    @property
+    def layout(self) -> str:
+        """A digest of where everything goes: processes that write together must agree on it."""
+        headers = (self._header(shard)[0] for shard in range(len(self.shards)))
+        return xxhash.xxh3_64_hexdigest(b"".join(headers))
+
     def index(self) -> dict[str, Any] | None:
         """What the folder's index says; None for a single file without one."""
         if len(self.shards) == 1 and not (
@@ -218,9 +225,10 @@ def _entries(
         ]
         shards.append(list(range(len(entries), len(entries) + len(chosen))))
         entries += chosen
-    for name in private.keys() - base.tensors.keys():  # a head that the base does not have
-        shards[-1].append(len(entries))
-        entries.append(Entry(private[name], private=True))
+    for name, tensor in private.items():
+        if name not in base.tensors:  # a head that the base does not have
+            shards[-1].append(len(entries))
+            entries.append(Entry(tensor, private=True))
     return entries, shards
 
 
@@ -250,7 +258,7 @@ def others_in(folder: Path, report: Report) -> list[Path]:
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith(_WEIGHTS) or name.endswith(".index.json")
+    return name.endswith((*_WEIGHTS, ".distcp", ".index.json"))
 
 
 def write_index(index: Mapping[str, Any], file: Path) -> None:

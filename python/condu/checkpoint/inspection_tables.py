@@ -10,6 +10,7 @@ from rich.text import Text
 
 from condu.checkpoint.inspecting import Inspection, TaskInspection
 from condu.report.tables import NARROW, UNDEFINED, percent
+from condu.terminal import printable
 
 _WIDEST = 8  # tasks that still fit beside each other
 _PAIRS = 5  # of the tasks that agree most, and least
@@ -25,11 +26,6 @@ def tables(inspection: Inspection) -> Iterator[Table | Text]:
         yield _pairs(inspection)
     elif len(inspection.tasks) > 1:
         yield _matrix(inspection)
-
-
-def printable(name: str) -> str:
-    """A name as the terminal may have it: without control characters."""
-    return name if name.isprintable() else ascii(name)
 
 
 def _summary(found: Inspection) -> Iterator[str]:

@@ -101,9 +101,10 @@ def match(
 
     Raises:
         KeyError: a tensor is missing. ValueError: a tensor that the base lacks, another shape, a
-        dtype narrower than the base's, other integer values. TypeError: a dtype that cannot be
-        fused. All name the task and the tensor. With ``options.on_mismatch="skip"`` missing, extra
-        and differently shaped tensors are reported instead.
+        dtype narrower than the base's, other integer values, an adapter of a private tensor.
+        TypeError: a dtype that cannot be fused. All name the task and the tensor. With
+        ``options.on_mismatch="skip"`` missing, extra and differently shaped tensors are reported
+        instead.
     """
     who = f"task {task!r}"
     names: list[str | None] = []
@@ -122,11 +123,16 @@ def match(
         else:
             check_fusable(who, name, _shadow(source.tensors[name]))
         names.append(name)
+    private = {n: t for n, t in source.tensors.items() if is_private(n, spec.private)}
+    if source.is_delta and private:
+        raise ValueError(
+            f"{who}: the adapter changes {next(iter(private))!r}, which is private: such tensors "
+            "are stored whole, and an adapter only has the difference from the base"
+        )
     _refuse_extra(spec, who, source, options)
     if not any(names):
         raise ValueError(f"{who}: {source.where} has none of the base's tensors")
     _check_fixed(spec, who, source, base)
-    private = {n: t for n, t in source.tensors.items() if is_private(n, spec.private)}
     for name in sorted(spec.private_names - private.keys()):
         if not source.is_delta:
             _mismatch(options, KeyError, f"{who}: private tensor {name!r} is missing")

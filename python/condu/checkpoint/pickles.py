@@ -28,6 +28,8 @@ class PickledSource:
     wrappers add (``module.``, ``_orig_mod.``). Of tied tensors the first name stays, as in
     safetensors files.
 
+    folder: of a Hugging Face folder, its path.
+
     Raises:
         OSError: a file is missing or cannot be read.
         ValueError: pickles are not allowed; a damaged file, one that holds anything else than
@@ -35,6 +37,8 @@ class PickledSource:
     """
 
     is_delta: ClassVar[bool] = False
+    staged: ClassVar[int] = 0
+    largest_part: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class PickledSource:
         files: Sequence[Path],
         *,
         allow_pickle: bool,
+        folder: Path | None = None,
         index: Path | None = None,
     ) -> None:
         if not allow_pickle:
@@ -51,7 +56,7 @@ class PickledSource:
                 " which runs nothing"
             )
         listed = read_index(index) if index else {}
-        self.where = where
+        self.where, self.folder = where, folder
         self.files: Sequence[Path] = sorted(set(listed.values())) or list(files)
         held: dict[str, tuple[Path, Tensor]] = {}
         for file in self.files:
@@ -77,13 +82,13 @@ class PickledSource:
         if folder / _FIRST in files:
             files = [folder / _FIRST]
         elif index.is_file():
-            return cls(where, [], allow_pickle=allow_pickle, index=index)
+            return cls(where, [], allow_pickle=allow_pickle, folder=folder, index=index)
         if not files:
             return None
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise ValueError(f"{folder}: holds several models ({names}), name the one to read")
-        return cls(where, files, allow_pickle=allow_pickle)
+        return cls(where, files, allow_pickle=allow_pickle, folder=folder)
 
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
         copy_range(self._values[name], start, stop, out)

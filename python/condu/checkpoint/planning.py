@@ -15,6 +15,7 @@ import torch
 from condu.checkpoint.costs import size_text
 from condu.checkpoint.memory import resident, rooms, workers_and_elements
 from condu.checkpoint.prepared import Prepared
+from condu.checkpoint.room import Room
 from condu.checkpoint.units import Unit, cut
 
 _SAMPLE_SECONDS = 1.0
@@ -28,26 +29,30 @@ class Plan:
 
     Attributes:
         read, written: bytes of data files; ``written`` is what the disk must have free, too.
+        staged: bytes of the models that are copied first and removed at the end, for all processes:
+            part of ``read``, and for that time on disk besides ``written``.
         memory: the most that the process takes, pages of mapped files apart.
         workers: threads, each with a unit of ``unit`` elements.
-        fuse_rate: elements that all workers read and fuse in a second, measured on a sample.
+        fuse_rate: elements that all workers read and fuse in a second, measured on a sample; None
+            where a model would have to be copied for that.
         write_rate: bytes that one worker writes in a second, measured in the target's folder; None
             where nothing can be written.
         missing: bytes that the disk lacks.
-        seconds: expected, with the disk's waiting.
+        seconds: expected, with the disk's waiting; None as ``fuse_rate``.
         other_dtype: the other dtype that the state could have, and the bytes it would have then;
             None where no new state is made.
     """
 
     read: int
     written: int
+    staged: int
     memory: int
     workers: int
     unit: int
-    fuse_rate: float
+    fuse_rate: float | None
     write_rate: float | None
     missing: int
-    seconds: float
+    seconds: float | None
     other_dtype: tuple[torch.dtype, int] | None = None
 
     def lines(self) -> list[str]:
@@ -59,11 +64,22 @@ class Plan:
         found = [
             f"to read           {size_text(self.read)}",
             f"to write          {size_text(self.written)}, which the disk must have free{lacks}",
-            f"memory, at most   {self.memory / 2**20:.0f} MiB: {self.workers} workers with units "
-            f"of {self.unit / 1024:.0f} Ki elements",
-            f"expected time     {self.seconds:.1f} s: {self.fuse_rate / 1e6:.0f} M parameters/s "
-            f"are read and fused here, {writing}",
         ]
+        if self.staged:
+            found.append(
+                f"to copy before    {size_text(self.staged)}, on disk besides until the end"
+            )
+        found.append(
+            f"memory, at most   {self.memory / 2**20:.0f} MiB: {self.workers} workers with units "
+            f"of {self.unit / 1024:.0f} Ki elements"
+        )
+        if self.fuse_rate is None or self.seconds is None:
+            found.append(f"expected time     not measured before the copy; {writing}")
+        else:
+            found.append(
+                f"expected time     {self.seconds:.1f} s: {self.fuse_rate / 1e6:.0f} M parameters/"
+                f"s are read and fused here, {writing}"
+            )
         if self.other_dtype is not None:
             dtype, size = self.other_dtype
             name = "bf16" if dtype == torch.bfloat16 else "fp32"
@@ -83,6 +99,42 @@ def plan(prepared: Prepared) -> Plan:
     workers, elements = workers_and_elements(job, options)
     (room,) = rooms(job, options, 1, elements)
     memory = resident() + (workers - 1) * room.size
+    verified = sum(state.data_bytes for state in prepared.states)
+    staged = prepared.world.size * sum(source.staged for source in prepared.sources)
+    place = next(p for p in (prepared.folder, *prepared.folder.parents) if p.is_dir())
+    try:
+        write_rate = _write_rate(place)
+    except OSError as error:
+        options.report(f"{place}: {error.strerror}, so how fast it writes is not known")
+        write_rate = None
+    written = sum(f.size for k in range(len(job.shards)) for f in job.files(k, 1))
+    written += prepared.copied
+    fuse_rate = seconds = None
+    if not staged:
+        cores = min(workers, torch.get_num_threads())
+        fuse_rate, read_rate = (
+            max(cores * rate, 1e-9) for rate in _rates(prepared, room, elements)
+        )
+        seconds = sum(job.numels) / fuse_rate + verified / read_rate
+        seconds += written / write_rate if write_rate else 0
+    return Plan(
+        read=job.reads + prepared.copied + verified + staged,
+        written=written,
+        staged=staged,
+        memory=max(memory, resident() + max((s.largest_part for s in prepared.sources), default=0)),
+        workers=workers,
+        unit=elements,
+        fuse_rate=fuse_rate,
+        write_rate=write_rate,
+        missing=max(0, written + staged - shutil.disk_usage(place).free),
+        seconds=seconds,
+        other_dtype=prepared.other_dtype,
+    )
+
+
+def _rates(prepared: Prepared, room: Room, elements: int) -> tuple[float, float]:
+    """Elements that one worker reads and fuses in a second, and bytes that it reads."""
+    job = prepared.job
     done, reading, fusing = 0, 1e-9, 0.0
     for unit in _sample(prepared, elements):
         room.clear()
@@ -94,33 +146,8 @@ def plan(prepared: Prepared) -> Plan:
         done += unit.elements
         if reading + fusing > _SAMPLE_SECONDS:
             break
-    elements_in_all = sum(job.numels)
-    cores = min(workers, torch.get_num_threads())
-    fuse_rate = cores * done / (reading + fusing)
-    read_rate = cores * job.reads * done / max(elements_in_all, 1) / reading
-    verified = sum(state.data_bytes for state in prepared.states)
-    place = next(p for p in (prepared.folder, *prepared.folder.parents) if p.is_dir())
-    try:
-        write_rate = _write_rate(place)
-    except OSError as error:
-        options.report(f"{place}: {error.strerror}, so how fast it writes is not known")
-        write_rate = None
-    written = sum(f.size for k in range(len(job.shards)) for f in job.files(k, 1))
-    written += prepared.copied
-    return Plan(
-        read=job.reads + prepared.copied + verified,
-        written=written,
-        memory=memory,
-        workers=workers,
-        unit=elements,
-        fuse_rate=fuse_rate,
-        write_rate=write_rate,
-        missing=max(0, written - shutil.disk_usage(place).free),
-        seconds=elements_in_all / max(fuse_rate, 1e-9)
-        + (written / write_rate if write_rate else 0)
-        + verified / max(read_rate, 1e-9),
-        other_dtype=prepared.other_dtype,
-    )
+    read = job.reads * done / max(sum(job.numels), 1)
+    return done / (reading + fusing), read / reading
 
 
 def _sample(prepared: Prepared, elements: int) -> Iterator[Unit]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from condu.checkpoint.job import Job
 from condu.checkpoint.journal import Record
 from condu.checkpoint.options import Options
 from condu.checkpoint.runner import Runner
+from condu.checkpoint.sources import Source
 from condu.checkpoint.state_files import StateFiles
 from condu.checkpoint.target import Target
 from condu.checkpoint.world import World
@@ -46,6 +46,7 @@ class Prepared:
         stale: called on the process that leads, once it has claimed the folder: looks whether what
             was checked still holds, and names the files there that another run may have left.
         commit: called there when all shards are on disk: makes them count.
+        sources: the models that are read.
         states: those that are read; their checksums are compared before anything is written.
         temporary: whether the folder is one that the commit renames.
         other_dtype: of a new state, the other dtype that it could have, and its bytes with it.
@@ -59,6 +60,7 @@ class Prepared:
     commit: Commit
     world: World
     options: Options
+    sources: Sequence[Source] = ()
     states: Sequence[StateFiles] = ()
     temporary: bool = False
     other_dtype: tuple[torch.dtype, int] | None = None
@@ -140,12 +142,3 @@ class Prepared:
 
     def __exit__(self, *_: object) -> None:
         self.held.close()
-
-
-def seen(files: Sequence[str | os.PathLike[str]]) -> list[tuple[str, int, int]]:
-    """Input files as a journal knows them: path, size and time of the last change."""
-    found = []
-    for file in files:
-        status = os.stat(file)
-        found.append((os.path.realpath(file), status.st_size, status.st_mtime_ns))
-    return found

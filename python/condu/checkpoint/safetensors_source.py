@@ -35,6 +35,8 @@ class SafetensorsSource:
     """
 
     is_delta: ClassVar[bool] = False
+    staged: ClassVar[int] = 0
+    largest_part: ClassVar[int] = 0
 
     def __init__(
         self,

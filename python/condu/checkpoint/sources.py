@@ -20,10 +20,21 @@ class Source(Protocol):
 
     where: as the user named it.
     is_delta: values are differences from the base; a tensor that is not listed did not change.
+    folder: the folder of a whole model, whose other files (configuration, tokenizer) belong to it;
+        None of files that were named, and of adapters.
+    staged: bytes that the first ``read`` copies into a file of their own, if it has to.
+    largest_part: bytes that are in memory together then, at most.
     """
 
     where: str
     is_delta: ClassVar[bool]
+
+    @property
+    def folder(self) -> Path | None: ...
+    @property
+    def staged(self) -> int: ...
+    @property
+    def largest_part(self) -> int: ...
 
     @property
     def tensors(self) -> Mapping[str, Stored]:

@@ -16,11 +16,13 @@ from condu.checkpoint.committing import Commit, Unchanged, left_over
 from condu.checkpoint.fusing import Absorbing, Merging, Unifying
 from condu.checkpoint.inputs import Models
 from condu.checkpoint.matching import describe, find_base, logical, match
+from condu.checkpoint.memory import resident
 from condu.checkpoint.options import Options
-from condu.checkpoint.prepared import Prepared, seen
+from condu.checkpoint.prepared import Prepared
 from condu.checkpoint.sources import Source, open_source
 from condu.checkpoint.state_files import StateFiles
 from condu.checkpoint.state_job import StateJob
+from condu.checkpoint.tensor_files import seen
 from condu.checkpoint.world import World
 from condu_ext.manifest import CONFIG, Manifest, generation_of, read_manifest
 from condu_ext.rule import FusionRule
@@ -72,6 +74,7 @@ def prepare_unify(
         commit,
         world,
         options,
+        sources=[start, *(m.source for m in matched)],
         other_dtype=(other, job.bytes_with(other)),
         held=held,
     )
@@ -128,6 +131,7 @@ def prepare_absorb(
         commit,
         world,
         options,
+        sources=[start, source],
         states=[old],
         held=held,
     )
@@ -182,6 +186,12 @@ def opened(
     scratch = next(place for place in folder.resolve().parents if place.is_dir())
     source = open_source(where, base=base, allow_pickle=options.allow_pickle, scratch=scratch)
     held.callback(source.close)
+    needed = resident() + source.largest_part
+    if source.largest_part and needed > options.max_memory:
+        raise ValueError(
+            f"max_memory: {options.max_memory >> 20} MiB are too few for {where}, which has parts "
+            f"of {source.largest_part >> 20} MiB that are read whole; this needs {needed >> 20} MiB"
+        )
     return source
 
 
@@ -208,12 +218,10 @@ def _new_folder(out: PathLike, *inputs: PathLike) -> Path:
     """Where a new state goes.
 
     Raises:
-        ValueError: there is one, or a model. NotADirectoryError: there is a file.
+        ValueError: there is one, or a model, or another ``config.json``. NotADirectoryError: there
+            is a file.
     """
     folder = path_of("out", out)
-    if (folder / CONFIG).exists():
-        tasks = ", ".join(task.name for task in read_manifest(folder).tasks)
-        raise ValueError(f"{folder} already holds a state, of the tasks {tasks}")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, not a folder for a state")
     for where in inputs:
@@ -224,6 +232,14 @@ def _new_folder(out: PathLike, *inputs: PathLike) -> Path:
             raise ValueError(
                 f"{folder} holds a model ({file.name}); name a new folder for the state"
             )
+    if (folder / CONFIG).exists():
+        try:
+            tasks = ", ".join(task.name for task in read_manifest(folder).tasks)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} holds something else; name a new folder for the state ({error})"
+            ) from None
+        raise ValueError(f"{folder} already holds a state, of the tasks {tasks}")
     return folder
 
 

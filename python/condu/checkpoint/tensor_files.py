@@ -135,6 +135,24 @@ def as_bytes(flat: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+def seen(files: Sequence[str | os.PathLike[str]]) -> list[tuple[str, int, int]]:
+    """Input files as a journal knows them: path, size and time of the last change."""
+    found = []
+    for file in files:
+        status = os.stat(file)
+        found.append((os.path.realpath(file), status.st_size, status.st_mtime_ns))
+    return found
+
+
+def has_nan(values: Tensor) -> bool:
+    """Whether a value of a tensor of any dtype is NaN."""
+    if not (values.is_floating_point() or values.is_complex()):
+        return False
+    if values.dtype.itemsize == 1:  # torch asks no float8 itself
+        values = values.float()
+    return bool(values.isnan().any())
+
+
 class FileReader:
     """Files to read parts of tensors from, in any number of threads; closed as one.
 

@@ -15,7 +15,7 @@ import torch
 from condu.checkpoint.fingerprints import source_fingerprint
 from condu.checkpoint.sources import Source, open_source
 from condu.checkpoint.state_files import described, header_of
-from condu.checkpoint.tensor_files import FileReader, StoredTensor
+from condu.checkpoint.tensor_files import FileReader, StoredTensor, has_nan
 from condu_ext.contents import (
     TensorFiles,
     check_size,
@@ -45,9 +45,9 @@ def verify(
     """Everything that is wrong with a unified checkpoint, a line each; empty for a whole one.
 
     Looked at are: size, checksum and header of each data file; that no value of the unified delta
-    is NaN or infinite; that bits past the end of a mask, and all bits where λ is 0, are 0; that λ
-    follows from the sums by the rule. With ``base`` also its fingerprint, tensor by tensor. Files
-    are read by ranges, in bounded memory.
+    is NaN or infinite, and no private one NaN; that bits past the end of a mask, and all bits where
+    λ is 0, are 0; that λ follows from the sums by the rule. With ``base`` also its fingerprint,
+    tensor by tensor. Files are read by ranges, in bounded memory.
 
     Args:
         path: the folder.
@@ -95,7 +95,7 @@ def _state_faults(directory: Path, manifest: Manifest) -> list[str]:
                 checks.append(partial(_bit_faults, reader, task, mask, entry, dead))
             private = private_file(directory, manifest, task)
             if private in intact:
-                checks.append(partial(_raised, header_of, private))
+                checks.append(partial(_private_faults, reader, task, private))
         found += _all(checks, _THREADS)
     return found + list(_rescaler_faults(directory, manifest))
 
@@ -159,6 +159,17 @@ def _value_faults(reader: FileReader, delta: StoredTensor) -> Iterator[str]:
     bad = sum(int((~piece.isfinite()).sum()) for piece in _pieces(reader, delta))
     if bad:
         yield f"{delta.file}: tensor {delta.name!r} has {bad:,} NaN or infinite values"
+
+
+def _private_faults(reader: FileReader, task: TaskEntry, file: Path) -> Iterator[str]:
+    try:
+        private = header_of(file)
+    except CheckpointError as error:
+        yield str(error)
+        return
+    for name, tensor in private.items():
+        if any(has_nan(piece) for piece in _pieces(reader, tensor)):
+            yield f"{file}: task {task.name!r}, private tensor {name!r} has NaN values"
 
 
 def _bit_faults(
