@@ -28,12 +28,9 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def check_task_name(task: object) -> str:
-    """A task's name: any non-empty string, without halves of surrogate pairs, for no file takes
-    them."""
+    """A task's name: any non-empty string."""
     if not isinstance(task, str) or not task:
         raise ValueError(f"a task's name is a non-empty string, not {task!r}")
-    if any("\ud800" <= character <= "\udfff" for character in task):
-        raise ValueError(f"task name {task!r} is no text: it has half a surrogate pair")
     return task
 
 

@@ -218,7 +218,6 @@ def test_bad_options_are_one_line(arguments: tuple[str, ...], message: str) -> N
     ("wrong", "message"),
     [
         ({"tasks": ["ft1"]}, r"tasks: expected a mapping of names to checkpoints, got \['ft1'\]"),
-        ({"tasks": {"\ud800": "ft1"}}, "half a surrogate pair"),
         ({"rule": "negative"}, "rule: expected FusionRule, got 'negative'"),
         ({"private": [1]}, "private: expected patterns as strings, got 1"),
         ({"options": {}}, r"options: expected Options, got \{\}"),
