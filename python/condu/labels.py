@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from condu.tasks.benchmark import Task
@@ -61,8 +61,11 @@ def label_set(
     """Among what the data set of ``task`` is answered after the tasks named in ``seen`` were
     learnt; ``tasks`` are those of the benchmark.
 
-    Raises ValueError where the union of classes would need a task that the benchmark lacks.
+    Raises ValueError for an unknown protocol, and where a union of classes would need a task that
+    the benchmark lacks.
     """
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"protocol must be one of {get_args(Protocol)}, got {protocol!r}")
     if protocol == "union-x-tail":
         union = tuple(tasks)
     elif protocol == "union-odcl-cil" and task.name in seen:
