@@ -141,9 +141,11 @@ class ContinualTrainer:
         if learned.misaligned is not None:
             done.misaligned.append(learned.misaligned)
         for protocol, row in rows.items():
-            done.rows[protocol].append(row)
+            done.rows[protocol].append(row.accuracy)
         folder.save_progress(progress)
-        seen = {protocol: sum(row[: index + 1]) / (index + 1) for protocol, row in rows.items()}
+        seen = {
+            protocol: sum(row.accuracy[: index + 1]) / (index + 1) for protocol, row in rows.items()
+        }
         self.progress.line(
             f"after task {index + 1} of {len(self.benchmark)}, {method.name} on the tasks so far: "
             + ", ".join(f"{protocol} {accuracy:.1f} %" for protocol, accuracy in seen.items())

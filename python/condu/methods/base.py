@@ -12,7 +12,7 @@ from condu.config import ConfigError
 from condu.models.clip import ClipModel
 
 if TYPE_CHECKING:
-    from condu.evaluation import Protocol
+    from condu.evaluation import Protocol, Row
     from condu.tuning import Tuner
     from condu.workspace import Tuning, Workspace
 
@@ -61,8 +61,8 @@ class Method(ABC):
         """Learn task `index`; those before it have been learnt, perhaps before a restart."""
 
     @abstractmethod
-    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
-        """Accuracy (percent) on every dataset of the benchmark after task `index`, by protocol."""
+    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
+        """Accuracy on every dataset of the benchmark after task `index`, by protocol."""
 
 
 def clip_model_of(method: Method) -> ClipModel:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from condu.evaluation import Evaluator
+from condu.evaluation import Evaluator, Row
 from condu.fusion import ConDU
 from condu.methods.base import Learned, Method, register
 from condu.workspace import Tuning, Workspace
@@ -71,17 +71,16 @@ class ConDUFineTuning(Method):
         self.fusion.save_pretrained(self._state)
         return seconds
 
-    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
+    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         scorer = self.tuner.scorer
         if not isinstance(scorer, Evaluator):
-            return {"task-id": self._row_by_task()}
-        rows = scorer.fused_rows(
+            return {"task-id": Row(self._row_by_task())}
+        return scorer.fused_rows(
             self.fusion,
             self.workspace.prototypes,
             self.workspace.config.voting.voting(),
             protocols=protocols,
         )
-        return {protocol: list(row.accuracy) for protocol, row in rows.items()}
 
     def _row_by_task(self) -> list[float]:
         row = []
