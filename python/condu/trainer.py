@@ -17,14 +17,13 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 
 import condu_ext
-from condu.config import BenchmarkConfig, ConfigError, RunConfig
+from condu.config import ConfigError, RunConfig
 from condu.methods import METHODS, Method
 from condu.metrics import summarize
 from condu.models import load_model
 from condu.progress import RunProgress
 from condu.runfolder import MethodProgress, Progress, RunFolder
-from condu.tasks import load_benchmark
-from condu.tasks.mtil import ORDERS
+from condu.tasks.configured import make_benchmark
 from condu.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -180,59 +179,6 @@ class ContinualTrainer:
             "versions": versions(),
             "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads()},
         }
-
-
-def make_benchmark(config: RunConfig) -> Benchmark:
-    """The benchmark of a configuration: its order, then its first tasks. `ConfigError` if the
-    configuration names tasks that the benchmark does not have, or wants more than there are."""
-    wanted = config.benchmark
-    if wanted.name == "mtil":
-        names = list(ORDERS["I"])
-    else:
-        benchmark = load_benchmark(wanted.name, seed=wanted.seed)
-        names = [task.name for task in benchmark]
-    for key, given in (
-        ("benchmark.order", wanted.order or ()),
-        ("training.task_lr", tuple(config.training.task_lr)),
-        ("lora.task_lr", tuple(config.lora.task_lr)),
-    ):
-        strangers = [name for name in given if name not in names]
-        if strangers:
-            raise ConfigError(
-                f"{key}: benchmark {wanted.name!r} has no task {strangers[0]!r}, "
-                f"there are: {', '.join(names)}"
-            )
-    order = names if wanted.order is None else list(wanted.order)
-    if sorted(order) != sorted(names):
-        raise ConfigError(
-            f"benchmark.order: must name each of {', '.join(names)} once, got {', '.join(order)}"
-        )
-    count = wanted.tasks or len(names)
-    if count > len(names):
-        raise ConfigError(f"benchmark.tasks: got {count}, but there are {len(names)} tasks")
-    if wanted.name == "mtil":  # only what is used has to be there
-        return _mtil(wanted, order[:count])
-    return benchmark.order(order).subset(count)
-
-
-def _mtil(wanted: BenchmarkConfig, names: Sequence[str]) -> Benchmark:
-    from condu.tasks.mtil.tasks import mtil_benchmark
-
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if wanted.download and processes > 1:  # they would write the same files
-        raise ConfigError(
-            f"benchmark.download: only a single process may download, there are {processes}; "
-            "run without the launcher until the data sets are there"
-        )
-    assert wanted.root is not None  # the configuration has seen to it
-    return mtil_benchmark(
-        wanted.root,
-        names,
-        shots=wanted.shots,
-        seed=wanted.seed,
-        download=wanted.download,
-        workers=4 if wanted.workers is None else wanted.workers,
-    )
 
 
 def versions() -> dict[str, str]:

@@ -330,6 +330,7 @@ def test_a_name_is_registered_once() -> None:
 
 
 def test_a_new_method_needs_only_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from condu.evaluation import Row
     from condu.methods import Learned
 
     class Guess(Method):
@@ -339,7 +340,7 @@ def test_a_new_method_needs_only_a_class(tmp_path: Path, monkeypatch: pytest.Mon
             return Learned(train=1.5)
 
         def rows(self, index: int, protocols: Any) -> Any:
-            return {protocol: [float(index), 50.0] for protocol in protocols}
+            return {protocol: Row([float(index), 50.0]) for protocol in protocols}
 
     monkeypatch.setitem(METHODS, "guess", Guess)
     found = tiny_trainer(tmp_path / "run", methods=["guess"]).run()["methods"]["guess"]
