@@ -12,7 +12,7 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -25,12 +25,11 @@ from pydantic import (
     model_validator,
 )
 
-from condu.evaluation import Protocol
+from condu.labels import Protocol
 from condu.tasks.mtil import ORDERS
 from condu.voting import SemanticVoting
 from condu_ext import FusionRule
 
-PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 ON_DISK = ("mtil", "folders")
 """Benchmarks whose images are in files."""
 # keys that change no number of a run
@@ -215,6 +214,13 @@ class TaskArithmeticConfig(_Section):
     scale: float = Field(default=0.3, gt=0)
 
 
+class DpeclipIdConfig(_Section):
+    """`answers`: who answers for the task that the prototypes name, its expert or the pretrained
+    model."""
+
+    answers: Literal["experts", "zero_shot"] = "experts"
+
+
 class FusionConfig(_Section):
     """How delta models are unified, see `condu_ext.FusionRule`, and the unified model's dtype."""
 
@@ -257,7 +263,7 @@ class RunConfig(_Section):
     methods: tuple[str, ...] = Field(
         default=("zero_shot", "individual", "sequential", "condu"), min_length=1
     )
-    protocols: tuple[Protocol, ...] = Field(default=PROTOCOLS, min_length=1)
+    protocols: tuple[Protocol, ...] = Field(default=("task-id", "agnostic"), min_length=1)
     training: TrainingConfig = TrainingConfig()
     lora: LoraConfig = LoraConfig()
     pam: PamConfig = PamConfig()
@@ -266,6 +272,7 @@ class RunConfig(_Section):
     zscl: ZsclConfig = ZsclConfig()
     rail: RailConfig = RailConfig()
     task_arithmetic: TaskArithmeticConfig = TaskArithmeticConfig()
+    dpeclip_id: DpeclipIdConfig = DpeclipIdConfig()
     fusion: FusionConfig = FusionConfig()
     voting: VotingConfig = VotingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
