@@ -143,10 +143,10 @@ class ContinualTrainer:
         done.append(
             Session(
                 rows,
-                learned.train,
-                learned.fuse,
-                evaluate,
-                peak,
+                train=learned.train,
+                fuse=learned.fuse,
+                evaluate=evaluate,
+                peak_bytes=peak,
                 misaligned=learned.misaligned,
                 fused=learned.fused,
             )
