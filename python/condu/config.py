@@ -33,7 +33,7 @@ from condu_ext import FusionRule
 ON_DISK = ("mtil", "folders")
 """Benchmarks whose images are in files."""
 # keys that change no number of a run
-_WITHOUT_EFFECT = ("benchmark.root", "benchmark.download", "evaluation.cache")
+_WITHOUT_EFFECT = ("benchmark.root", "benchmark.download", "evaluation.cache", "trackers")
 
 
 class ConfigError(ValueError):
@@ -256,7 +256,8 @@ class EvaluationConfig(_Section):
 
 
 class RunConfig(_Section):
-    """Everything that decides the numbers of a run; device and processes come from `accelerate`."""
+    """Everything that decides the numbers of a run; device and processes come from `accelerate`.
+    `trackers`: what shows the run while it goes on, see `condu.tracking`."""
 
     benchmark: BenchmarkConfig = BenchmarkConfig()
     model: ModelConfig = ModelConfig()
@@ -278,6 +279,7 @@ class RunConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = Field(default=42, ge=0)
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     @field_validator("methods")
     @classmethod
@@ -289,9 +291,9 @@ class RunConfig(_Section):
                 raise ValueError(f"unknown method {name!r}, there are: {', '.join(METHODS)}")
         return _unique(names)
 
-    @field_validator("protocols")
+    @field_validator("protocols", "trackers")
     @classmethod
-    def _unique_protocols(cls, names: tuple[Protocol, ...]) -> tuple[Protocol, ...]:
+    def _listed_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return _unique(names)
 
     @model_validator(mode="after")
@@ -357,8 +359,8 @@ def make_config(values: Mapping[str, Any], source: str = "config") -> RunConfig:
 def difference(old: RunConfig, new: RunConfig) -> str | None:
     """The first key in which two configurations differ, with both values, or None. Where the data
     are and how they got there may differ."""
-    values = dict(_leaves(old.model_dump(mode="json")))
-    others = dict(_leaves(new.model_dump(mode="json")))
+    values = dict(leaves(old.model_dump(mode="json")))
+    others = dict(leaves(new.model_dump(mode="json")))
     for key in values | others:
         if values.get(key) != others.get(key) and key not in _WITHOUT_EFFECT:
             return f"{key} was {values.get(key)!r} and is now {others.get(key)!r}"
@@ -372,10 +374,11 @@ def _unique(names: tuple[Any, ...]) -> tuple[Any, ...]:
     return names
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested sections, by dotted key."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
