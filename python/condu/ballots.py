@@ -22,7 +22,8 @@ class Ballot:
     the experts' answers among ``labels``; ``truth`` int64 [N] are the right ones.
 
     ``own_classes``: an expert chooses among the classes of its own task alone, as long as they are
-    among the labels. That takes a voting whose scores are positive, such as probabilities.
+    among the labels. That takes a voting over probabilities: nothing said must count for less than
+    anything said.
     """
 
     task: Task

@@ -29,13 +29,20 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ExpertPass:
     """The experts of ``fusion`` (None: the pretrained model in the place of all of them), chosen by
-    ``voting`` over ``prototypes``; ``own_classes`` is that of `condu.ballots.Ballot`."""
+    ``voting`` over ``prototypes``. ``own_classes`` is that of `condu.ballots.Ballot`; ValueError if
+    it is given for a voting over logits."""
 
     evaluator: Evaluator
     fusion: ConDU | None
     prototypes: PrototypeSet
     voting: SemanticVoting
     own_classes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.own_classes and self.voting.space != "probabilities":
+            raise ValueError(
+                f"own_classes takes a voting over probabilities, got space {self.voting.space!r}"
+            )
 
     def ballots(
         self, tasks: Iterable[Task], protocols: Sequence[Protocol]

@@ -261,6 +261,12 @@ def test_an_expert_may_be_kept_to_the_classes_of_its_own_task(by_experts: bool) 
     assert row.accuracy != wide.accuracy
 
 
+def test_own_classes_take_probabilities() -> None:
+    world, voting = make_world(1, CLASSES), SemanticVoting.preset("code")
+    with pytest.raises(ValueError, match="probabilities, got space 'logits'"):
+        world.evaluator.fused_rows(world.fusion, world.prototypes, voting, own_classes=True)
+
+
 # The same name twice
 
 
