@@ -80,8 +80,9 @@ def run(
         Path,
         typer.Argument(
             help="YAML file; each run leaves one as RUN/config.yaml. Those that come with the"
-            " package are configs/mini.yaml (the demo), configs/mini_vqa_pam.yaml,"
-            " configs/mtil_condu_ft.yaml, ..._ft_5shot.yaml and ..._lora.yaml."
+            " package are configs/mini.yaml (the demo), mini_vqa_pam.yaml, folders_condu.yaml, and"
+            " of MTIL configs/mtil_condu_ft.yaml, mtil_condu_lora.yaml, both also ..._5shot.yaml,"
+            " mtil_baselines.yaml, mtil_zscl.yaml, mtil_rail.yaml, mtil_xtail_rail_16shot.yaml."
         ),
     ],
     out: Annotated[

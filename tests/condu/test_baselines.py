@@ -354,7 +354,8 @@ def test_wrong_options_are_one_line(section: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize("method", ["lwf", "zscl", "rail_primal", "rail_dual"])
 def test_methods_that_need_a_clip_model_say_so(tmp_path: Path, method: str) -> None:
     trainer = tiny_trainer(tmp_path / "run", methods=[method])
-    trainer.live = SimpleNamespace(name="mini_vqa", model=trainer.live.model)  # type: ignore[assignment]
+    live: Any = SimpleNamespace(name="mini_vqa", model=trainer.live.model, votes=False)
+    trainer.live = live
     with pytest.raises(ConfigError, match=rf"methods: '{method}' .* model.name is 'mini_vqa'"):
         trainer.run()
 

@@ -27,9 +27,8 @@ Matrix = list[list[float]]
 
 def protocols_of(results: dict[str, Any], method: str) -> dict[str, Matrix]:
     """Matrices by protocol."""
-    found = results["methods"][method]
-    tables = found.get("protocols", found)
-    return {name: tables[name]["matrix"] for name in EVERY if name in tables}
+    tables = results["methods"][method]["protocols"]
+    return {name: table["matrix"] for name, table in tables.items()}
 
 
 def short(out: Path, *methods: str, **changes: Any) -> dict[str, Any]:

@@ -6,37 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import mtil_folders
-import open_clip
 import pytest
 import torch
-from open_clip.model import CLIP
-from open_clip.transform import image_transform
+from small_clip import small_clip
 
 from condu import trainer
-from condu.config import ConfigError, difference, find_config, load_config, make_config
-from condu.models.clip import AUGMENTATION, ClipModel
+from condu.config import ConfigError, difference, load_config, make_config
 from condu.tasks.configured import make_benchmark
 from condu.tasks.mtil import ORDERS
 from condu.tasks.mtil.tasks import mtil_benchmark
 from condu.trainer import ContinualTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*published numbers")
-
-
-def small_clip(name: str, pretrained: str | None) -> ClipModel:
-    """open_clip's tokenizer and transforms round a model of 16 pixels."""
-    torch.manual_seed(0)
-    tower = {"width": 32, "layers": 1}
-    vision = {"image_size": 16, "patch_size": 8, "head_width": 16, **tower}
-    text = {"context_length": 32, "vocab_size": 49408, "heads": 2, **tower}
-    mean, std = (0.5,) * 3, (0.5,) * 3
-    return ClipModel(
-        name,
-        CLIP(16, vision, text),
-        open_clip.get_tokenizer("ViT-B-32", context_length=32),
-        image_transform(16, True, mean, std, aug_cfg=AUGMENTATION),
-        image_transform(16, False, mean, std),
-    )
 
 
 def config(root: Path, **changes: Any) -> dict[str, Any]:
@@ -150,23 +131,3 @@ def test_several_processes_do_not_download(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"benchmark\.download: only a single process"):
         make_benchmark(make_config(config(tmp_path, download=True)))
-
-
-# Configurations that come with the package
-
-
-@pytest.mark.parametrize("name", ["mtil_condu_ft", "mtil_condu_ft_5shot", "mtil_condu_lora"])
-def test_ready_configurations_are_the_papers(name: str) -> None:
-    ready = load_config(find_config(Path("configs", f"{name}.yaml")))
-    assert ready.benchmark.order == ORDERS["I"]
-    assert (ready.model.name, ready.model.pretrained) == ("ViT-B-16-quickgelu", "openai")
-    assert (ready.fusion.rescale, ready.voting.preset) == ("tensor_mean", "code")
-    training = ready.training
-    assert training.warmup * training.steps == 100
-    if name == "mtil_condu_lora":
-        assert set(ready.lora.task_lr) == set(ORDERS["I"])
-        return
-    assert (training.steps, ready.benchmark.shots) in ((1000, None), (500, 5))
-    rates = {task: training.learning_rate_of(task) for task in ORDERS["I"]}
-    assert {task for task, rate in rates.items() if rate == 5e-5} == {"Aircraft", "MNIST"}
-    assert set(rates.values()) == {1e-5, 5e-5}

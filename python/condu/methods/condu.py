@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @register
 class ConDUFineTuning(Method):
     """`task-id`: a seen task is answered by its decoupled expert, an unseen one by semantic voting.
-    `agnostic`: every dataset by semantic voting.
+    `agnostic` and the unions: every data set by semantic voting.
 
     A model that cannot vote, having no features of images and texts that could be compared, has
     the protocol `task-id` alone, and answers an unseen task as the pretrained model does.
