@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Protocol as Interface
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from condu.models.clip import ClipModel
     from condu.tasks.benchmark import Benchmark, Task, TransformedDataset
 
-__all__ = ["Evaluator", "Protocol", "Row", "zero_shot_head"]
+__all__ = ["Answers", "Evaluator", "Experts", "Protocol", "Row", "zero_shot_head"]
 
 Protocol = Literal["task-id", "agnostic"]
 
@@ -52,6 +53,17 @@ class Row:
 
     accuracy: list[float]
     votes: list[list[int]]
+
+
+class Experts(Interface):
+    """Who answers: the experts of ``tasks`` in the order in which they joined, of which the live
+    model holds the one that was activated last, and θ_0 after ``reset``. A ``ConDU`` is one.
+    """
+
+    @property
+    def tasks(self) -> tuple[str, ...]: ...
+    def activate(self, task: str) -> None: ...
+    def reset(self) -> None: ...
 
 
 class Evaluator:
@@ -86,7 +98,7 @@ class Evaluator:
         self.progress = RunProgress()  # which shows nothing
         self._tests: dict[str, Dataset[Any]] = {}
         self._tokens: dict[str, Tensor] = {}
-        self._frozen: dict[str, FrozenAnswers] = {}
+        self._frozen: dict[str, Answers] = {}
 
     def over(self, clip: ClipModel) -> Evaluator:
         """The same over another live model, sharing what was read and computed already. At θ_0 the
@@ -100,8 +112,13 @@ class Evaluator:
         """Percent of the task's test images that the live weights, whatever they are, classify
         right among its classes.
         """
+        answers = self.answers(task)
+        return _percent_right(answers.logits, answers.labels)
+
+    def answers(self, task: Task) -> Answers:
+        """What the live weights say of each of the task's test images."""
         features, labels = self._encode(self._test_set(task))
-        return _percent_right(self._logits(features, task), labels)
+        return Answers(features, labels, self._logits(features, task))
 
     def accuracies(self) -> list[float]:
         """``accuracy`` on every dataset of the benchmark, in its order."""
@@ -114,8 +131,13 @@ class Evaluator:
         Puts the model at θ_0 first, so absorb fine-tuned weights before.
         """
         fusion.reset()
-        features, labels = self.train_features(task)
-        prototypes.add(task.name, features, labels, self._kept_text(task))
+        prototypes.add(task.name, *self.prototype_features(task))
+
+    def prototype_features(self, task: Task) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``PrototypeSet.add`` makes prototypes of, under the live weights: ``train_features``
+        and per class the mean text feature float32 [classes, D].
+        """
+        return *self.train_features(task), self._kept_text(task)
 
     def train_features(self, task: Task) -> tuple[Tensor, Tensor]:
         """Normalised features float32 [M, D] and labels int64 [M] of a task's training images
@@ -125,7 +147,7 @@ class Evaluator:
         return self._kept_features(train, train)
 
     def agnostic_accuracy(
-        self, task: Task, fusion: ConDU, prototypes: PrototypeSet, voting: SemanticVoting
+        self, task: Task, fusion: Experts, prototypes: PrototypeSet, voting: SemanticVoting
     ) -> float:
         """Accuracy in percent on one dataset, experts by voting. For several datasets
         ``fused_rows`` is the cheaper call.
@@ -135,7 +157,7 @@ class Evaluator:
 
     def fused_rows(
         self,
-        fusion: ConDU,
+        fusion: Experts,
         prototypes: PrototypeSet,
         voting: SemanticVoting,
         *,
@@ -196,7 +218,7 @@ class Evaluator:
         self,
         expert: int,
         ballots: Iterable[_Ballot],
-        fusion: ConDU,
+        fusion: Experts,
         prototypes: PrototypeSet,
     ) -> None:
         """Let one expert answer all images, of any dataset, that voted for it on any ballot."""
@@ -219,14 +241,14 @@ class Evaluator:
             for ballot, weight in same_dataset:
                 ballot.add(indices, logits, weight[indices])
 
-    def frozen_answers(self, task: Task) -> FrozenAnswers:
+    def frozen_answers(self, task: Task) -> Answers:
         """Answers of the pretrained model on a test set; the first call needs the model to be at
         θ_0.
         """
         if task.name not in self._frozen:
             test = task.dataset("test", self.clip.test_transform)
             features, labels = self._kept_features(test, self._test_set(task))
-            self._frozen[task.name] = FrozenAnswers(features, labels, self._logits(features, task))
+            self._frozen[task.name] = Answers(features, labels, self._logits(features, task))
         return self._frozen[task.name]
 
     def _kept_features(
@@ -285,8 +307,8 @@ class Evaluator:
 
 
 @dataclass(frozen=True)
-class FrozenAnswers:
-    """The pretrained model on one test set: normalised features float32 [N, D], labels int64 [N],
+class Answers:
+    """One model on one test set: normalised features float32 [N, D], labels int64 [N],
     logits float32 [N, classes], all on the CPU."""
 
     features: Tensor
