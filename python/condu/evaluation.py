@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from condu.models.clip import ClipModel
     from condu.tasks.benchmark import Benchmark, Task, TransformedDataset
 
-__all__ = ["Answers", "Evaluator", "Experts", "Protocol", "Row", "zero_shot_head"]
+__all__ = ["Evaluator", "Experts", "Protocol", "Row", "zero_shot_head"]
 
 Protocol = Literal["task-id", "agnostic"]
 
@@ -98,7 +98,7 @@ class Evaluator:
         self.progress = RunProgress()  # which shows nothing
         self._tests: dict[str, Dataset[Any]] = {}
         self._tokens: dict[str, Tensor] = {}
-        self._frozen: dict[str, Answers] = {}
+        self._frozen: dict[str, FrozenAnswers] = {}
 
     def over(self, clip: ClipModel) -> Evaluator:
         """The same over another live model, sharing what was read and computed already. At θ_0 the
@@ -112,13 +112,8 @@ class Evaluator:
         """Percent of the task's test images that the live weights, whatever they are, classify
         right among its classes.
         """
-        answers = self.answers(task)
-        return _percent_right(answers.logits, answers.labels)
-
-    def answers(self, task: Task) -> Answers:
-        """What the live weights say of each of the task's test images."""
-        features, labels = self._encode(self._test_set(task))
-        return Answers(features, labels, self._logits(features, task))
+        features, labels = self.test_features(task)
+        return _percent_right(self.logits(features, (task,), {}), labels)
 
     def accuracies(self) -> list[float]:
         """``accuracy`` on every dataset of the benchmark, in its order."""
@@ -236,19 +231,20 @@ class Evaluator:
             if expert == PRETRAINED:
                 logits = self.frozen_answers(task).logits[indices]
             else:
-                features, _ = self._encode(self._test_set(task), indices)
-                logits = self._logits(features, task)
+                features, _ = self.test_features(task, indices)
+                logits = self.logits(features, (task,), {})
             for ballot, weight in same_dataset:
                 ballot.add(indices, logits, weight[indices])
 
-    def frozen_answers(self, task: Task) -> Answers:
+    def frozen_answers(self, task: Task) -> FrozenAnswers:
         """Answers of the pretrained model on a test set; the first call needs the model to be at
         θ_0.
         """
         if task.name not in self._frozen:
             test = task.dataset("test", self.clip.test_transform)
             features, labels = self._kept_features(test, self._test_set(task))
-            self._frozen[task.name] = Answers(features, labels, self._logits(features, task))
+            logits = self.logits(features, (task,), {})
+            self._frozen[task.name] = FrozenAnswers(features, labels, logits)
         return self._frozen[task.name]
 
     def _kept_features(
@@ -279,11 +275,20 @@ class Evaluator:
                 advance=advance,
             )
 
-    def _logits(self, features: Tensor, task: Task) -> Tensor:
-        """exp(logit_scale)·cosine with the live model's text head, float32 [M, classes]."""
-        head = F.normalize(self._mean_text(task), dim=-1)
+    def logits(self, features: Tensor, tasks: Sequence[Task], heads: dict[str, Tensor]) -> Tensor:
+        """exp(logit_scale)·cosine with the text heads of ``tasks``, float32 [M, classes]; those
+        that ``heads`` lacks are made under the live weights."""
+        for task in tasks:
+            if task.name not in heads:
+                heads[task.name] = F.normalize(self._mean_text(task), dim=-1)
         scale: Any = self.clip.model.logit_scale
+        head = torch.cat([heads[task.name] for task in tasks])
         return float(scale.detach().exp()) * features @ head.T
+
+    def test_features(self, task: Task, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalised features float32 [M, D] under the live weights, and labels int64 [M], of a
+        task's test images: all, or those at ``indices`` int64 [M], in that order."""
+        return self._encode(self._test_set(task), indices)
 
     def _mean_text(self, task: Task) -> Tensor:
         if task.name not in self._tokens:
@@ -307,8 +312,8 @@ class Evaluator:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """One model on one test set: normalised features float32 [N, D], labels int64 [N],
+class FrozenAnswers:
+    """The pretrained model on one test set: normalised features float32 [N, D], labels int64 [N],
     logits float32 [N, classes], all on the CPU."""
 
     features: Tensor
