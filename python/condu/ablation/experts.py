@@ -30,11 +30,17 @@ class AblatedExperts:
         return tuple(self._tasks)
 
     def absorb(self, task: str, finetuned: Mapping[str, Tensor]) -> None:
-        """Take a fine-tuned model, by tensor name on any device, as the task's."""
+        """Take a fine-tuned model, by tensor name on any device, as the task's. ValueError naming
+        the task and the tensor for values that are not finite."""
         delta = {
             name: finetuned[name].to(base.device).float() - base.float()
             for name, base in self._base.items()
         }
+        for name, values in delta.items():
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(
+                    f"task {task!r}, tensor {name!r}: the fine-tuned model has NaN or infinite values"
+                )
         self.unified.absorb(delta)
         private = self._fusion.state.spec.private_names
         self._private.append({name: finetuned[name] for name in private})
