@@ -39,7 +39,7 @@ class AblatedExperts:
         for name, values in delta.items():
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(
-                    f"task {task!r}, tensor {name!r}: the fine-tuned model has NaN or infinite values"
+                    f"task {task!r}, tensor {name!r}: its model has NaN or infinite values"
                 )
         self.unified.absorb(delta)
         private = self._fusion.state.spec.private_names
