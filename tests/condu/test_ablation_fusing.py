@@ -179,6 +179,13 @@ def test_a_random_sign_is_that_of_each_task_equally_often() -> None:
     assert share == pytest.approx(1 / 4, abs=0.02)
 
 
+def test_where_the_unified_delta_is_0_a_random_sign_is_that_of_the_new_task() -> None:
+    """Without masks the old task is there at every element."""
+    fusing = Fusing(sign="random", masks=False, rescale="none")
+    still, moved = {"w": torch.zeros(100)}, {"w": torch.ones(100)}
+    assert bool((fused(fusing, [still, moved]).delta["w"] == 1).all())
+
+
 def test_a_random_sign_keeps_what_all_agree_on_and_repeats_with_its_seed() -> None:
     given = deltas(3)
     agreed = {name: t.abs() for name, t in given[0].items()}
