@@ -57,11 +57,14 @@ class Row:
 
 class Experts(Interface):
     """Who answers: the experts of ``tasks`` in the order in which they joined, of which the live
-    model holds the one that was activated last, and θ_0 after ``reset``. A ``ConDU`` is one.
+    model holds the ``active`` one; None after ``reset``, which puts θ_0 into it. A ``ConDU`` is
+    such a thing.
     """
 
     @property
     def tasks(self) -> tuple[str, ...]: ...
+    @property
+    def active(self) -> str | None: ...
     def activate(self, task: str) -> None: ...
     def reset(self) -> None: ...
 

@@ -37,7 +37,7 @@ BOTH = ("task-id", "agnostic")
 @pytest.fixture(autouse=True, scope="module")
 def _tiny() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "load_benchmark", lambda name, seed: tiny_benchmark())
+        patch.setattr(trainer, "make_benchmark", lambda config: tiny_benchmark())
         patch.setattr(trainer, "load_model", lambda name, pretrained: tiny_clip())
         yield
 

@@ -23,7 +23,11 @@ from condu.weights import load_weights, save_weights
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(trainer, "load_benchmark", lambda name, seed: tiny_benchmark())
+    monkeypatch.setattr(
+        trainer,
+        "make_benchmark",
+        lambda config: tiny_benchmark().subset(config.benchmark.tasks or 2),
+    )
     monkeypatch.setattr(trainer, "load_model", lambda name, pretrained: tiny_clip())
     monkeypatch.chdir(tmp_path)
 

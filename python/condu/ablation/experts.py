@@ -23,11 +23,16 @@ class AblatedExperts:
         self._base = {name: fusion.pretrained[name] for name in fused}
         self._private: list[dict[str, Tensor]] = []
         self._tasks: list[str] = []
+        self._active: str | None = None
         self.unified = AblatedDelta(fusing, self._base, dtype=fusion.state.dtype, seed=seed)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(self._tasks)
+
+    @property
+    def active(self) -> str | None:
+        return self._active
 
     def absorb(self, task: str, finetuned: Mapping[str, Tensor]) -> None:
         """Take a fine-tuned model, by tensor name on any device, as the task's. ValueError naming
@@ -55,6 +60,8 @@ class AblatedExperts:
         }
         with torch.no_grad():
             put_weights(self._fusion.model, {**weights, **self._private[number]})
+        self._active = task
 
     def reset(self) -> None:
         self._fusion.reset()
+        self._active = None
