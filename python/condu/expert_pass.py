@@ -21,8 +21,7 @@ from condu.prototypes import PrototypeSet
 from condu.voting import PRETRAINED, SemanticVoting, Votes
 
 if TYPE_CHECKING:
-    from condu.evaluation import Evaluator, FrozenAnswers, Heads
-    from condu.fusion import ConDU
+    from condu.evaluation import Evaluator, Experts, FrozenAnswers, Heads
     from condu.tasks.benchmark import Task
 
 
@@ -32,7 +31,7 @@ class ExpertPass:
     ``voting`` over ``prototypes``; ``own_classes`` is that of `condu.ballots.Ballot`."""
 
     evaluator: Evaluator
-    fusion: ConDU | None
+    fusion: Experts | None
     prototypes: PrototypeSet
     voting: SemanticVoting
     own_classes: bool = False
