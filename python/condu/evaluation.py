@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from typing import Protocol as Interface
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +30,11 @@ from condu.voting import SemanticVoting
 
 if TYPE_CHECKING:
     from condu.feature_cache import FeatureCache
-    from condu.fusion import ConDU
     from condu.models.base import Autocast
     from condu.models.clip import ClipModel
     from condu.tasks.benchmark import Benchmark, Task, TransformedDataset
 
-__all__ = ["Evaluator", "FrozenAnswers", "Protocol", "Row", "zero_shot_head"]
+__all__ = ["Evaluator", "Experts", "FrozenAnswers", "Protocol", "Row", "zero_shot_head"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,20 @@ class FrozenAnswers:
 
 Heads = dict[str, Tensor]
 """Text heads [classes, D] by task, all under the same weights."""
+
+
+class Experts(Interface):
+    """Who answers: the experts of ``tasks`` in the order in which they joined, of which the live
+    model holds the ``active`` one; None after ``reset``, which puts θ_0 into it. A ``ConDU`` is
+    such a thing.
+    """
+
+    @property
+    def tasks(self) -> tuple[str, ...]: ...
+    @property
+    def active(self) -> str | None: ...
+    def activate(self, task: str) -> None: ...
+    def reset(self) -> None: ...
 
 
 class Evaluator:
@@ -158,7 +172,7 @@ class Evaluator:
         return rows
 
     def add_prototypes(
-        self, prototypes: PrototypeSet, task: Task, fusion: ConDU | None = None
+        self, prototypes: PrototypeSet, task: Task, fusion: Experts | None = None
     ) -> None:
         """Add the prototypes of a task from its training images (through the test transform) and
         all its templates.
@@ -168,8 +182,13 @@ class Evaluator:
         """
         if fusion is not None:
             fusion.reset()
-        features, labels = self.train_features(task)
-        prototypes.add(task.name, features, labels, self._kept_text(task))
+        prototypes.add(task.name, *self.prototype_features(task))
+
+    def prototype_features(self, task: Task) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``PrototypeSet.add`` makes prototypes of, under the live weights: ``train_features``
+        and per class the mean text feature float32 [classes, D].
+        """
+        return *self.train_features(task), self._kept_text(task)
 
     def train_features(self, task: Task) -> tuple[Tensor, Tensor]:
         """Normalised features float32 [M, D] and labels int64 [M] of a task's training images
@@ -178,7 +197,7 @@ class Evaluator:
         return self._kept_features(train, train)
 
     def agnostic_accuracy(
-        self, task: Task, fusion: ConDU, prototypes: PrototypeSet, voting: SemanticVoting
+        self, task: Task, fusion: Experts, prototypes: PrototypeSet, voting: SemanticVoting
     ) -> float:
         """Accuracy in percent on one dataset, experts by voting. For several datasets
         ``fused_rows`` is the cheaper call."""
@@ -187,7 +206,7 @@ class Evaluator:
 
     def fused_rows(
         self,
-        fusion: ConDU | None,
+        fusion: Experts | None,
         prototypes: PrototypeSet,
         voting: SemanticVoting,
         *,

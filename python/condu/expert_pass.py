@@ -21,8 +21,7 @@ from condu.prototypes import PrototypeSet
 from condu.voting import PRETRAINED, SemanticVoting, Votes
 
 if TYPE_CHECKING:
-    from condu.evaluation import Evaluator, FrozenAnswers, Heads
-    from condu.fusion import ConDU
+    from condu.evaluation import Evaluator, Experts, FrozenAnswers, Heads
     from condu.tasks.benchmark import Task
 
 
@@ -33,7 +32,7 @@ class ExpertPass:
     it is given for a voting over logits."""
 
     evaluator: Evaluator
-    fusion: ConDU | None
+    fusion: Experts | None
     prototypes: PrototypeSet
     voting: SemanticVoting
     own_classes: bool = False

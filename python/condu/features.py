@@ -54,18 +54,21 @@ def encode_images(
     *,
     batch_size: int = 256,
     num_workers: int = 0,
+    normalised: bool = True,
     advance: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalised features float32 [M, D] and labels int64 [M], both on the CPU, of a map-style
-    dataset of (image tensor, label); with ``indices`` int64 [M] only of those images, in that
-    order. M must not be 0. A ``TensorDataset`` is sliced a batch at a time, anything else goes
-    through a DataLoader. ``advance`` is called after each batch with how many images it had.
+    """Features float32 [M, D], ``normalised`` or as the model gives them, and labels int64 [M],
+    both on the CPU, of a map-style dataset of (image tensor, label); with ``indices`` int64 [M]
+    only of those images, in that order. M must not be 0. A ``TensorDataset`` is sliced a batch at a
+    time, anything else goes through a DataLoader. ``advance`` is called after each batch with how
+    many images it had.
     """
     device = next(model.parameters()).device
     features, labels = [], []
     with inference(model):
         for batch, batch_labels in _batches(images, indices, batch_size, num_workers):
-            features.append(_normalised(model.encode_image(batch.to(device, non_blocking=True))))
+            found = model.encode_image(batch.to(device, non_blocking=True)).float()
+            features.append(F.normalize(found, dim=-1) if normalised else found)
             labels.append(batch_labels)
             if advance is not None:
                 advance(len(batch_labels))
@@ -80,18 +83,23 @@ def prompt_tokens(tokenize: Tokenize, task: PromptedTask) -> Tensor:
     return tokenize(prompts).unflatten(0, (len(task.classnames), len(task.templates)))
 
 
-def mean_text_features(model: Any, tokens: Tensor, *, batch_size: int = 256) -> Tensor:
-    """Per class the mean over templates of the normalised text features: tokens [classes,
-    templates, context] to float32 [classes, D] on the CPU. Not normalised again: this is what
-    prototypes take.
+def mean_text_features(
+    model: Any, tokens: Tensor, *, batch_size: int = 256, normalised: bool = True
+) -> Tensor:
+    """Per class the mean over templates of the text features, each ``normalised`` or as the model
+    gives it: tokens [classes, templates, context] to float32 [classes, D] on the CPU. Not
+    normalised again: this is what prototypes take.
     """
     device = next(model.parameters()).device
     with inference(model):
-        features = [
-            _normalised(model.encode_text(batch.to(device)))
+        batches = [
+            model.encode_text(batch.to(device)).float()
             for batch in tokens.flatten(0, 1).split(batch_size)
         ]
-    return torch.cat(features).unflatten(0, tokens.shape[:2]).mean(dim=1).cpu()
+    features = torch.cat(batches)
+    if normalised:
+        features = F.normalize(features, dim=-1)
+    return features.unflatten(0, tokens.shape[:2]).mean(dim=1).cpu()
 
 
 def zero_shot_head(
@@ -102,10 +110,6 @@ def zero_shot_head(
     """
     tokens = prompt_tokens(tokenize, task)
     return F.normalize(mean_text_features(model, tokens, batch_size=batch_size), dim=-1)
-
-
-def _normalised(features: Tensor) -> Tensor:
-    return F.normalize(features.float(), dim=-1)
 
 
 def _batches(

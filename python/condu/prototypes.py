@@ -84,6 +84,12 @@ class PrototypeSet:
             raise ValueError(f"task {task!r}: image and text features of class {lost} cancel out")
         self._prototypes[task] = (both / norms).float()
 
+    def first(self, count: int) -> PrototypeSet:
+        """The prototypes of the first ``count`` tasks, as a set of its own."""
+        part = PrototypeSet()
+        part._prototypes = dict(list(self._prototypes.items())[:count])
+        return part
+
     def features(self) -> tuple[Tensor, Tensor]:
         """All prototypes, float32 [P, D], and int64 offsets [T + 1]: task t owns rows offsets[t] to
         offsets[t + 1].

@@ -94,11 +94,11 @@ class Tuner:
     def finetune(self, index: int) -> Trained:
         """Fine-tune on task `index` from θ_0, once in a run whatever the number of methods that ask
         for it. To be called in every process."""
-        return self.train(self._file(index), index)
+        return self.train(self.file(index), index)
 
     def finetuned(self, index: int) -> Trained:
         """What `finetune` made of task `index`."""
-        return Trained.open(self._file(index))
+        return Trained.open(self.file(index))
 
     def train(
         self,
@@ -146,5 +146,6 @@ class Tuner:
             accelerator.wait_for_everyone()
         return Trained.open(path)
 
-    def _file(self, index: int) -> Path:
+    def file(self, index: int) -> Path:
+        """Where `finetune` keeps what it makes of task `index`."""
         return self.folder / f"{index:03d}.safetensors"

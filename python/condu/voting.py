@@ -86,9 +86,12 @@ class SemanticVoting:
         K columns, one more with ``include_pretrained``. Raises ValueError for features that are not
         finite or of another dimension than the prototypes, and for an empty prototype set.
         """
-        best = task_similarities(features, prototypes)
+        return self.choose(task_similarities(features, prototypes))
+
+    def choose(self, similarities: Tensor) -> Votes:
+        """The same from the similarity of each image with each task, float32 [B, T]."""
         # topk leaves the order of equal values open; a stable sort keeps the earlier task first
-        similarity, experts = best.sort(dim=1, descending=True, stable=True)
+        similarity, experts = similarities.sort(dim=1, descending=True, stable=True)
         similarity, experts = similarity[:, : self.k], experts[:, : self.k]
         weights = self._weigh(similarity)
         if self.include_pretrained:

@@ -52,17 +52,25 @@ def expected(d: dict[str, Tensor], rebuilt: dict[str, Tensor]) -> tuple[float, f
     return np.linalg.norm(a - b) / size, float(a @ b / np.linalg.norm(a) / size)
 
 
+GPU = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rescale", ["global", "per_tensor"])
 def test_numbers_are_those_of_an_explicit_rebuild(
-    pretrained: dict[str, Tensor], tmp_path: Path, rescale: Any, dtype: torch.dtype
+    pretrained: dict[str, Tensor], tmp_path: Path, rescale: Any, dtype: torch.dtype, device: str
 ) -> None:
     state = UnifiedDelta.empty(pretrained, rule=FusionRule(rescale=rescale), dtype=dtype)
     models = {task: finetuned(pretrained, seed) for seed, task in enumerate(NAMES)}
     for task, model in models.items():
         state = cx.absorb(state, task, model, pretrained)
     for task, model in models.items():
-        found = reconstruct(state, task, pretrained, written(model, tmp_path / task))
+        file = written(model, tmp_path / task)
+        found = reconstruct(state.to(device), task, pretrained, file)
         rescaler, mask = state.rescaler(task), state.mask(task)
         table = rescaler if isinstance(rescaler, dict) else dict.fromkeys(SHAPES, rescaler)
         rebuilt = {name: table[name] * mask[name] * state.delta[name].double() for name in SHAPES}

@@ -15,6 +15,7 @@ from condu.config import make_config
 from condu.evaluation import Row
 from condu.feature_sample import save_feature_sample
 from condu.features import encode_images
+from condu.methods import METHODS, Learned, Method
 from condu.prototypes import PrototypeSet
 from condu.reconstruction import Fused, Reconstruction
 from condu.record import PeakBytes, Progress, Session
@@ -133,6 +134,22 @@ def test_each_session_has_the_peak_of_the_process(results: dict[str, Any]) -> No
     assert all(peak["host"] > 1 << 26 for peak in peaks)
     on_gpu = torch.cuda.is_available()
     assert all((peak["device"] is not None) == on_gpu for peak in peaks)
+
+
+def test_a_peak_is_that_of_its_own_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Greedy(Method):
+        name = "greedy"
+
+        def learn(self, index: int) -> Learned:
+            return Learned(train=torch.ones(1 << 26 if index == 0 else 1).mean().item())
+
+        def rows(self, index: int, protocols: Any) -> Any:
+            return {protocol: Row([50.0, 50.0]) for protocol in protocols}
+
+    monkeypatch.setitem(METHODS, "greedy", Greedy)
+    found = tiny_trainer(tmp_path / "run", methods=["greedy"]).run()["methods"]["greedy"]
+    first, second = (session["peak_bytes"]["host"] for session in found["sessions"])
+    assert second < first - (128 << 20)  # of 256 MiB
 
 
 def test_a_peak_begins_anew() -> None:
