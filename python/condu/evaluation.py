@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from typing import Protocol as Interface
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 
 from condu.ballots import percent_right
 from condu.decoded import DecodedTests, not_empty
-from condu.expert_pass import ExpertPass
+from condu.expert_pass import ExpertPass, Experts
 from condu.features import encode_images, mean_text_features, prompt_tokens, zero_shot_head
 from condu.labels import Protocol, label_set
 from condu.progress import RunProgress
@@ -66,20 +65,6 @@ class FrozenAnswers:
 
 Heads = dict[str, Tensor]
 """Text heads [classes, D] by task, all under the same weights."""
-
-
-class Experts(Interface):
-    """Who answers: the experts of ``tasks`` in the order in which they joined, of which the live
-    model holds the ``active`` one; None after ``reset``, which puts θ_0 into it. A ``ConDU`` is
-    such a thing.
-    """
-
-    @property
-    def tasks(self) -> tuple[str, ...]: ...
-    @property
-    def active(self) -> str | None: ...
-    def activate(self, task: str) -> None: ...
-    def reset(self) -> None: ...
 
 
 class Evaluator:

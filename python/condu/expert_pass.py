@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from typing import Protocol as Interface
 
 import torch
 from torch import Tensor
@@ -21,8 +22,22 @@ from condu.prototypes import PrototypeSet
 from condu.voting import PRETRAINED, SemanticVoting, Votes
 
 if TYPE_CHECKING:
-    from condu.evaluation import Evaluator, Experts, FrozenAnswers, Heads
+    from condu.evaluation import Evaluator, FrozenAnswers, Heads
     from condu.tasks.benchmark import Task
+
+
+class Experts(Interface):
+    """Who answers: the experts of ``tasks`` in the order in which they joined, of which the live
+    model holds the ``active`` one; None after ``reset``, which puts θ_0 into it. A ``ConDU`` is
+    such a thing.
+    """
+
+    @property
+    def tasks(self) -> tuple[str, ...]: ...
+    @property
+    def active(self) -> str | None: ...
+    def activate(self, task: str) -> None: ...
+    def reset(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class DPeCLIPId(Method):
         super().__init__(workspace)
         clip_model_of(self)
         by_experts = workspace.config.dpeclip_id.answers == "experts"
-        self._experts = Experts(workspace) if by_experts else None
+        self._experts = UnifiedExperts(workspace) if by_experts else None
 
     def learn(self, index: int) -> Learned:
         if self._experts is not None:
@@ -70,7 +70,7 @@ class DPeCLIPId(Method):
         )
 
 
-class Experts(ConDUFineTuning):
+class UnifiedExperts(ConDUFineTuning):
     """The unified model of `condu`, in the folder of this method."""
 
     name: ClassVar[str] = DPeCLIPId.name
