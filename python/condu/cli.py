@@ -1,5 +1,5 @@
 """The command `condu`: demo, run, report, bench, doctor, and the commands of the modules
-`checkpoint_commands`, `state_commands`, `adapter_commands` and `data_commands`.
+`checkpoint_commands`, `state_commands`, `adapter_commands`, `data_commands` and `theory_commands`.
 
 `bench` and `doctor` work with the core dependencies alone, so everything heavy is imported inside
 the commands.
@@ -19,7 +19,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from condu import adapter_commands, checkpoint_commands, data_commands, state_commands
+from condu import (
+    adapter_commands,
+    checkpoint_commands,
+    data_commands,
+    state_commands,
+    theory_commands,
+)
 from condu.terminal import EXTRA, Debug, complain, errors
 
 if TYPE_CHECKING:
@@ -35,6 +41,7 @@ app.add_typer(checkpoint_commands.app)
 app.add_typer(state_commands.app)
 app.add_typer(adapter_commands.app)
 app.add_typer(data_commands.app)
+app.add_typer(theory_commands.app)
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the final table only.")]
 
