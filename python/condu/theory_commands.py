@@ -38,7 +38,7 @@ def check_theory(
         int | None,
         typer.Option(help="Training steps for each, without RUN.", show_default="the demo's"),
     ] = None,
-    iterations: Annotated[int, typer.Option(help="Repetitions, at most.")] = 100,
+    iterations: Annotated[int, typer.Option(help="Repetitions, at most.")] = 5000,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything as one JSON object.")
     ] = False,
@@ -70,7 +70,7 @@ def check_theory(
             config, by_seed = fine_tuning_of(make_config(values, "theory")), {}
         folder = out or (runs[0] if runs else Path("runs")) / "theory"
         console = Console()
-        progress = RunProgress(Console(stderr=True))
+        progress = RunProgress(Console(stderr=as_json))  # stdout is JSON's then
         trainer = ContinualTrainer.from_config(config, folder)
         fine_tunings = FineTunings(
             trainer.live, trainer.benchmark, config, by_seed, folder, progress

@@ -85,3 +85,25 @@ class RandomDeltas:
     def __getitem__(self, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(task_seed(self.seed, self.names[index]))
         return torch.randn(len(self.scale), generator=generator).mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class SampledDeltas:
+    """Some elements of other deltas: those at `index`, int64 [n]."""
+
+    deltas: Deltas
+    index: Tensor
+
+    @classmethod
+    def draw(cls, deltas: Deltas, elements: int, number: int, seed: int) -> SampledDeltas:
+        """At most `number` of `elements` elements, without replacement, in their order."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(elements, generator=generator)[:number]
+        return cls(deltas, drawn.sort().values)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.deltas.names
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.deltas[index][self.index]

@@ -40,13 +40,13 @@ def _repetition(deltas: Mapping[str, Any]) -> Figure:
     figure, panels = _panels(deltas)
     for axes, (name, found) in zip(panels, deltas.items(), strict=True):
         for place, row in enumerate(found["repetition"]):
-            iterations = np.arange(1, len(row["changes"]) + 1)
-            changes = np.array(row["changes"], dtype=float)
+            iterations, changes = np.array(row["changes"]).T
             changes[changes == 0] = np.nan  # nothing to see on a logarithmic axis
             label = f"{row['tasks']} tasks"
-            _line(axes, iterations, changes, place, label, every=max(1, len(iterations) // 8))
+            _line(axes, iterations, changes, place, label)
         axes.axhline(RESOLUTION, color="#666666", lw=1, ls="--", label="resolution of float32")
         _finish(axes, f"{name} deltas", "iteration of decoupling and unifying")
+        axes.set_xscale("log")
     panels[0].set_ylabel("L1 change of the deltas, relative")
     panels[0].legend(frameon=False, fontsize=9)
     return figure
@@ -59,7 +59,7 @@ def _flips(deltas: Mapping[str, Any]) -> Figure:
         for place, (key, label) in enumerate(SHARES.items()):
             shares = np.array([100 * row[key] for row in found["joining"]])
             shares[shares == 0] = np.nan
-            _line(axes, tasks, shares, place, label, every=max(1, len(tasks) // 8))
+            _line(axes, tasks, shares, place, label)
         _finish(axes, f"{name} deltas", "n, the task that joins")
     panels[0].set_ylabel("share (%)")
     panels[0].legend(frameon=False, fontsize=9)
@@ -76,7 +76,7 @@ def _change(deltas: Mapping[str, Any]) -> Figure:
         changes[changes == 0] = np.nan
         power = found["decay"]
         fit = "" if power is None else f", falls as n^{power:.2f} in the last half"
-        _line(axes, tasks, changes, place, f"{name} deltas{fit}", every=max(1, len(tasks) // 8))
+        _line(axes, tasks, changes, place, f"{name} deltas{fit}")
         if not np.isnan(changes[0]):
             label = "1/n from the same start" if not place else None
             guide = changes[0] * tasks[0] / tasks
@@ -96,13 +96,13 @@ def _panels(deltas: Mapping[str, Any]) -> tuple[Figure, Sequence[Axes]]:
     return figure, figure.subplots(1, len(deltas), sharey=True, squeeze=False)[0]
 
 
-def _line(axes: Axes, x: Any, y: Any, place: int, label: str, *, every: int) -> None:
+def _line(axes: Axes, x: Any, y: Any, place: int, label: str) -> None:
     axes.plot(
         x,
         y,
         color=COLOURS[place % len(COLOURS)],
         marker=MARKERS[place % len(MARKERS)],
-        markevery=every,
+        markevery=0.12,  # of the length of the line,
         ms=4,
         lw=1.4,
         label=label,

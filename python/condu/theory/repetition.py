@@ -27,7 +27,7 @@ class Repetition:
 
     changes: Σ‖d' − d‖₁ / Σ‖d‖₁ over the tasks, in each iteration; the first one unifies the deltas
         as they were given.
-    swaps: pairs of tasks whose λ changed their order, in each iteration from the second on.
+    swaps: pairs of tasks whose λ changed their order, by the iteration (from 2 on), where any did.
     mask_flips: mask bits of the last iteration that differ from the first one's.
     pairs, meeting: pairs of tasks, and those whose masks share an element after the first one.
     least_overlap: elements that two masks share, of those of the smaller one; the least of a pair.
@@ -36,7 +36,7 @@ class Repetition:
 
     tasks: int
     changes: list[float]
-    swaps: list[int]
+    swaps: dict[int, int]
     mask_flips: int
     pairs: int
     meeting: int
@@ -46,7 +46,7 @@ class Repetition:
 
     @property
     def order_stays(self) -> bool:
-        return not any(self.swaps)
+        return not self.swaps
 
     @property
     def all_meet(self) -> bool:
@@ -83,11 +83,12 @@ def repeat(
             first_masks = packed_masks(state)
         changes.append(_decouple_all(state, current))
         advance(1)
+    swaps = {k: swapped(a, b) for k, (a, b) in enumerate(pairwise(rescalers), start=2)}
     overlaps = [_overlap(a, b) for a, b in combinations(first_masks, 2)]
     return Repetition(
         tasks=tasks,
         changes=changes,
-        swaps=[swapped(a, b) for a, b in pairwise(rescalers)],
+        swaps={k: pairs for k, pairs in swaps.items() if pairs},
         mask_flips=_bits(first_masks ^ packed_masks(state)),
         pairs=len(overlaps),
         meeting=sum(overlap > 0 for overlap in overlaps),
