@@ -77,10 +77,7 @@ def _change(deltas: Mapping[str, Any]) -> Figure:
         power = found["decay"]
         fit = "" if power is None else f", falls as n^{power:.2f} in the last half"
         _line(axes, tasks, changes, place, f"{name} deltas{fit}")
-        if not np.isnan(changes[0]):
-            label = "1/n from the same start" if not place else None
-            guide = changes[0] * tasks[0] / tasks
-            axes.plot(tasks, guide, color="#666666", lw=1, ls="--", label=label)
+    axes.plot(tasks, 1 / tasks, color="#666666", lw=1, ls="--", label="1/n")
     _finish(axes, "Corollary F.6", "n, the task that joins")
     axes.set_xscale("log")
     marks = [n for n in (2, 5, 10, 20, 50, 100) if n <= tasks[-1]]
