@@ -1,6 +1,7 @@
 """The command `condu`: demo, run, report, bench, doctor, and the commands of the modules
 `checkpoint_commands`, `state_commands`, `adapter_commands`, `data_commands` and
 `ablation_commands`.
+`checkpoint_commands`, `state_commands`, `adapter_commands`, `data_commands` and `theory_commands`.
 
 `bench` and `doctor` work with the core dependencies alone, so everything heavy is imported inside
 the commands.
@@ -26,6 +27,7 @@ from condu import (
     checkpoint_commands,
     data_commands,
     state_commands,
+    theory_commands,
 )
 from condu.terminal import EXTRA, Debug, complain, errors
 
@@ -43,6 +45,7 @@ app.add_typer(state_commands.app)
 app.add_typer(adapter_commands.app)
 app.add_typer(data_commands.app)
 app.add_typer(ablation_commands.app)
+app.add_typer(theory_commands.app)
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the final table only.")]
 

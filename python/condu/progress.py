@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,10 @@ class RunProgress:
         done. Shown and removed as `steps` is."""
         with self._bar(label, total) as update:
             yield lambda count: update(advance=count)
+
+    def rounds(self, label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """The same of at most `total` rounds of some computation."""
+        return self.images(label, total)
 
     @contextmanager
     def _bar(
