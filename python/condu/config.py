@@ -31,8 +31,8 @@ from condu.voting import SemanticVoting
 from condu_ext import FusionRule
 
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
-# keys that change no number of a run
-_WITHOUT_EFFECT = ("benchmark.root", "benchmark.download", "evaluation.cache")
+WITHOUT_EFFECT = ("benchmark.root", "benchmark.download", "evaluation.cache")
+"""Keys that change no number of a run."""
 
 
 class ConfigError(ValueError):
@@ -344,10 +344,10 @@ def make_config(values: Mapping[str, Any], source: str = "config") -> RunConfig:
 def difference(old: RunConfig, new: RunConfig) -> str | None:
     """The first key in which two configurations differ, with both values, or None. Where the data
     are and how they got there may differ."""
-    values = dict(_leaves(old.model_dump(mode="json")))
-    others = dict(_leaves(new.model_dump(mode="json")))
+    values = dict(leaves(old.model_dump(mode="json")))
+    others = dict(leaves(new.model_dump(mode="json")))
     for key in values | others:
-        if values.get(key) != others.get(key) and key not in _WITHOUT_EFFECT:
+        if values.get(key) != others.get(key) and key not in WITHOUT_EFFECT:
             return f"{key} was {values.get(key)!r} and is now {others.get(key)!r}"
     return None
 
@@ -359,10 +359,11 @@ def _unique(names: tuple[Any, ...]) -> tuple[Any, ...]:
     return names
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The entries of a nested mapping, each under its keys joined by dots."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -1,0 +1,83 @@
+"""The feature space in which experts are voted for, laid out on a plane by t-SNE.
+
+Test images of every data set, and the prototypes of every class, as the frozen model sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+
+from condu.prototypes import PrototypeSet
+
+PERPLEXITY = 30.0
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Places of images and prototypes in the unit square: `places` float64 [n, 2]; `tasks` and
+    `classes` int64 [n], positions of the task and of the class in it; `prototype` bool [n]."""
+
+    places: np.ndarray
+    tasks: np.ndarray
+    classes: np.ndarray
+    prototype: np.ndarray
+
+
+def feature_map(folder: Path, tasks: Sequence[str]) -> FeatureMap | None:
+    """The map of a run, the same at each call. None if the run kept no features, as one without a
+    model that votes.
+
+    Raises ValueError naming the file that is broken, or does not fit the tasks.
+    """
+    file = folder / "features.safetensors"
+    prototypes_file = folder / "prototypes.safetensors"
+    if not file.exists() or not prototypes_file.exists():
+        return None
+    sample = _load(file)
+    prototypes = PrototypeSet.load(prototypes_file)
+    vectors, positions, classes, is_prototype = [], [], [], []
+    for position, task in enumerate(tasks):
+        try:
+            features, labels = sample[f"{position}.features"], sample[f"{position}.labels"]
+        except KeyError as error:
+            raise ValueError(f"{file}: no tensor {error} for task {task!r}") from None
+        centres = prototypes[task].numpy()
+        vectors += [features, centres]
+        positions.append(np.full(len(features) + len(centres), position))
+        classes += [labels, np.arange(len(centres))]
+        is_prototype.append(np.arange(len(features) + len(centres)) >= len(features))
+    return FeatureMap(
+        _unit_square(_plane(np.concatenate(vectors))),
+        np.concatenate(positions),
+        np.concatenate(classes),
+        np.concatenate(is_prototype),
+    )
+
+
+def _load(file: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+
+
+def _plane(vectors: np.ndarray) -> np.ndarray:
+    perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
+    layout = TSNE(perplexity=perplexity, init="pca", random_state=0)
+    with threadpool_limits(1):  # sums in one order: the same map each time
+        return layout.fit_transform(vectors)
+
+
+def _unit_square(places: np.ndarray) -> np.ndarray:
+    """Moved and scaled, alike in both directions, so that distances stay comparable."""
+    middle = (places.max(axis=0) + places.min(axis=0)) / 2
+    extent = float((places.max(axis=0) - places.min(axis=0)).max())
+    return (places - middle) / (extent or 1.0) + 0.5
