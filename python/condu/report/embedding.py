@@ -5,7 +5,7 @@ Test images of every data set, and the prototypes of every class, as the frozen 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +31,9 @@ class FeatureMap:
     prototype: np.ndarray
 
 
-def feature_map(folder: Path, tasks: Sequence[str]) -> FeatureMap | None:
-    """The map of a run, the same at each call. None if the run kept no features, as one without a
-    model that votes.
+def feature_map(folder: Path, classes: Mapping[str, Sequence[str]]) -> FeatureMap | None:
+    """The map of a run with these tasks and classes, the same at each call. None if the run kept no
+    features, as one without a model that votes.
 
     Raises ValueError naming the file that is broken, or does not fit the tasks.
     """
@@ -43,21 +43,28 @@ def feature_map(folder: Path, tasks: Sequence[str]) -> FeatureMap | None:
         return None
     sample = _load(file)
     prototypes = PrototypeSet.load(prototypes_file)
-    vectors, positions, classes, is_prototype = [], [], [], []
-    for position, task in enumerate(tasks):
+    if set(prototypes.tasks) != set(classes):
+        raise ValueError(f"{prototypes_file}: prototypes of {prototypes.tasks}, not {[*classes]}")
+    vectors, positions, labels, is_prototype = [], [], [], []
+    for position, (task, names) in enumerate(classes.items()):
         try:
-            features, labels = sample[f"{position}.features"], sample[f"{position}.labels"]
+            images, answers = sample[f"{position}.features"], sample[f"{position}.labels"]
         except KeyError as error:
             raise ValueError(f"{file}: no tensor {error} for task {task!r}") from None
         centres = prototypes[task].numpy()
-        vectors += [features, centres]
-        positions.append(np.full(len(features) + len(centres), position))
-        classes += [labels, np.arange(len(centres))]
-        is_prototype.append(np.arange(len(features) + len(centres)) >= len(features))
+        if len(centres) != len(names) or images.shape != (len(answers), centres.shape[1]):
+            raise ValueError(
+                f"{file}: task {task!r} has {len(names)} classes, features {list(images.shape)} "
+                f"of {len(answers)} labels, and prototypes {list(centres.shape)}"
+            )
+        vectors += [images, centres]
+        positions.append(np.full(len(images) + len(centres), position))
+        labels += [answers, np.arange(len(centres))]
+        is_prototype.append(np.arange(len(images) + len(centres)) >= len(images))
     return FeatureMap(
         _unit_square(_plane(np.concatenate(vectors))),
         np.concatenate(positions),
-        np.concatenate(classes),
+        np.concatenate(labels),
         np.concatenate(is_prototype),
     )
 

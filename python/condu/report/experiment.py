@@ -58,6 +58,10 @@ class Experiment:
         return tuple(run.seed for run in self.runs)
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.first["tasks"])
+
+    @property
     def methods(self) -> tuple[str, ...]:
         return tuple(self.first["methods"])
 
@@ -102,10 +106,16 @@ class Experiment:
 
         return self._over(method, peak)
 
-    def misaligned(self, method: str) -> list[tuple[int, Spread]]:
-        """Share of an adapter's weights that turned against the global one, by session."""
-        shares = self._by_session(method, lambda session: session["misaligned"])
-        return [(session, share) for session, share in shares if share is not None]
+    def misaligned(self, method: str) -> Spread | None:
+        """Percent of an adapter's weights that had turned against the global one just before they
+        were merged, as the mean over the sessions that merged."""
+
+        def mean(found: Mapping[str, Any]) -> float | None:
+            shares = [session["misaligned"] for session in found["sessions"]]
+            merged = [share for share in shares if share is not None]
+            return 100 * sum(merged) / len(merged) if merged else None
+
+        return self._over(method, mean)
 
     def fused_bytes(self, method: str) -> Spread | None:
         """Bytes of the unified state in the end."""
@@ -115,7 +125,7 @@ class Experiment:
         """What is known of each task in the unified model, by session; empty of a method that keeps
         no unified model."""
         found: dict[str, list[tuple[int, Spread]]] = {}
-        for task in self.first["tasks"]:
+        for task in self.tasks:
             values = self._by_session(
                 method,
                 lambda session, task=task: _facts(session, task).get(fact),

@@ -40,6 +40,12 @@ class PublishedTable:
     order: str | None = None
     shots: int | None = None
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that any of the rows has."""
+        names = ("transfer", "average", "last", "acc", "bwt")
+        return tuple(n for n in names if any(getattr(row, n) is not None for row in self.rows))
+
 
 CONDU, PAM = "2503.10705", "2506.03189"
 CLIP = "CLIP ViT-B/16"
