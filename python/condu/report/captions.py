@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from condu.report.experiment import Experiment, Run
+from condu.report.experiment import Experiment
 from condu.terminal import printable
 
 PROTOCOLS = {
@@ -55,10 +55,6 @@ def published_note(experiments: Sequence[Experiment]) -> str:
         "ConDU's presumably come from the authors' code, which votes as the preset code does and "
         f"rescales as tensor_mean does; here it is {'; '.join(chosen)}."
     )
-
-
-def map_caption(run: Run) -> str:
-    return f"t-SNE of frozen features, seed {run.seed}"
 
 
 def configuration(experiment: Experiment) -> str:

@@ -22,8 +22,9 @@ PERPLEXITY = 30.0
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """Places of images and prototypes in the unit square: `places` float64 [n, 2]; `tasks` and
-    `classes` int64 [n], positions of the task and of the class in it; `prototype` bool [n]."""
+    """Places of images and prototypes: `places` float32 [n, 2] from 0 to 1, and downwards as far as
+    they go; `tasks` and `classes` int64 [n], positions of the task and of the class in it;
+    `prototype` bool [n]."""
 
     places: np.ndarray
     tasks: np.ndarray
@@ -62,7 +63,7 @@ def feature_map(folder: Path, classes: Mapping[str, Sequence[str]]) -> FeatureMa
         labels += [answers, np.arange(len(centres))]
         is_prototype.append(np.arange(len(images) + len(centres)) >= len(images))
     return FeatureMap(
-        _unit_square(_plane(np.concatenate(vectors))),
+        _unit_width(_plane(np.concatenate(vectors))),
         np.concatenate(positions),
         np.concatenate(labels),
         np.concatenate(is_prototype),
@@ -83,8 +84,11 @@ def _plane(vectors: np.ndarray) -> np.ndarray:
         return layout.fit_transform(vectors)
 
 
-def _unit_square(places: np.ndarray) -> np.ndarray:
-    """Moved and scaled, alike in both directions, so that distances stay comparable."""
-    middle = (places.max(axis=0) + places.min(axis=0)) / 2
-    extent = float((places.max(axis=0) - places.min(axis=0)).max())
-    return (places - middle) / (extent or 1.0) + 0.5
+def _unit_width(places: np.ndarray) -> np.ndarray:
+    """Moved to the origin and scaled, alike in both directions, so that distances can be compared.
+    A map that is higher than wide is laid on its side, which says the same."""
+    moved = places - places.min(axis=0)
+    width, height = moved.max(axis=0)
+    if height > width:
+        moved, width = moved[:, ::-1], height
+    return moved / (width or 1.0)

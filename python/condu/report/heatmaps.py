@@ -42,7 +42,7 @@ def accuracy_matrix(experiment: Experiment, method: str, protocol: str) -> HeatM
         cells = []
         for task in range(len(tasks)):
             spread = experiment.accuracy(method, protocol, session, task)
-            notes = [f"({percent(spread.least)}–{percent(spread.greatest)})"] * spread.varies
+            notes = [f"({spread.range(percent)})"] * spread.varies
             unseen = task > session
             notes += ["not learnt yet"] * unseen
             cells.append(

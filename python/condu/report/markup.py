@@ -16,8 +16,8 @@ from condu.terminal import printable
 
 
 def environment() -> jinja2.Environment:
-    """Templates of this package with everything escaped, and with the filters `percent`, `place`
-    (a coordinate), `path` (a line through dots) and `short` (a text of so many characters)."""
+    """Templates of this package with everything escaped, and with the filters `percent`, `range`
+    (of a spread in percent), `place` (a coordinate), `path` (a line through dots) and `short` (a text of so many characters)."""
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("condu.report"),
         autoescape=True,
@@ -26,7 +26,13 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(percent=percent, place=_place, path=_path, short=_short)
+    made.filters.update(
+        percent=_percent,
+        range=lambda spread: spread.range(_percent),
+        place=_place,
+        path=_path,
+        short=_short,
+    )
     return made
 
 
@@ -46,6 +52,10 @@ def _visible(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
         return printable(value)
     return value
+
+
+def _percent(value: float) -> str:
+    return percent(value).replace("-", "−")
 
 
 def _place(value: float) -> str:

@@ -26,7 +26,7 @@ from condu.report.heatmaps import LEVELS
 from condu.report.markup import digest, environment, source_of
 from condu.report.palette import DARK, LIGHT
 from condu.report.panels import SHADES, WIDTH, shade
-from condu.report.scatter import HUES, SIZE, Cloud, clouds
+from condu.report.scatter import HUES, Scatter, scatter
 from condu.runfolder import write_text
 
 
@@ -53,7 +53,6 @@ def page(experiments: Sequence[Experiment]) -> str:
     first = experiments[0]
     tasks = first.tasks
     parts = protocol_parts(experiments)
-    map_caption, map_clouds = _map(experiments)
     return templates.get_template("report.html.j2").render(
         style=Markup(style),
         style_hash=digest(style),
@@ -70,9 +69,7 @@ def page(experiments: Sequence[Experiment]) -> str:
         parts=parts,
         metrics=METRICS,
         explanations=captions.PROTOCOLS,
-        clouds=map_clouds,
-        map_caption=map_caption,
-        map_size=SIZE,
+        map=_map(experiments),
         fusion=fusion_parts(experiments),
         costs=cost_panels(experiments),
         misalignment=misalignment_panel(experiments),
@@ -84,12 +81,11 @@ def page(experiments: Sequence[Experiment]) -> str:
     )
 
 
-def _map(experiments: Sequence[Experiment]) -> tuple[str, list[Cloud]]:
-    """The map of the first run that kept features; nothing where none did."""
-    for experiment in experiments:
-        for run in experiment.runs:
-            classes = {task: run.results["classes"][task] for task in experiment.tasks}
-            layout = feature_map(run.folder, classes)
-            if layout is not None:
-                return captions.map_caption(run), clouds(layout, classes)
-    return "", []
+def _map(experiments: Sequence[Experiment]) -> Scatter | None:
+    """The map of the first run that kept features; None where none did."""
+    for run in (run for experiment in experiments for run in experiment.runs):
+        classes = {task: run.results["classes"][task] for task in run.results["tasks"]}
+        layout = feature_map(run.folder, classes)
+        if layout is not None:
+            return scatter(layout, classes, run.seed)
+    return None

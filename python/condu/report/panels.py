@@ -114,7 +114,7 @@ def bar_panel(
         return None
     start, row, top = 124.0, 19.0, 6.0
     high = greatest or max(spread.greatest for spread in measured.values()) or 1.0
-    axis = Axis(0.0, high, start, WIDTH - 50)
+    axis = Axis(0.0, high, start, WIDTH - 60)
     bars = [
         Bar(
             name=name,

@@ -9,7 +9,7 @@ import numpy as np
 
 from condu.report.embedding import FeatureMap
 
-SIZE = 560.0
+WIDTH = 640.0
 MARGIN = 22.0
 HUES = 7
 """Colours that colour-blind readers can tell apart; a shape for each round of them."""
@@ -40,37 +40,43 @@ class Cloud:
     label: tuple[float, float]
 
 
-def clouds(layout: FeatureMap, classes: Mapping[str, Sequence[str]]) -> list[Cloud]:
+@dataclass(frozen=True)
+class Scatter:
+    """The map of the run with this seed."""
+
+    seed: int
+    width: float
+    height: float
+    clouds: list[Cloud]
+
+
+def scatter(layout: FeatureMap, classes: Mapping[str, Sequence[str]], seed: int) -> Scatter:
     """A cloud for each task, in their order; `classes` are its class names."""
-    places = MARGIN + layout.places * (SIZE - 2 * MARGIN)
-    found = []
-    for position, (task, names) in enumerate(classes.items()):
-        mine = layout.tasks == position
-        images = mine & ~layout.prototype
-        middle = np.median(places[images if images.any() else mine], axis=0)
-        found.append(
-            Cloud(
-                task,
-                position % HUES,
-                SHAPES[position // HUES % len(SHAPES)],
-                _marks(places[images], layout.classes[images], task, names, ""),
-                _marks(
-                    places[mine & layout.prototype],
-                    layout.classes[mine & layout.prototype],
-                    task,
-                    names,
-                    "prototype of ",
-                ),
-                (float(middle[0]), float(middle[1])),
-            )
-        )
-    return found
-
-
-def _marks(
-    places: np.ndarray, classes: np.ndarray, task: str, names: Sequence[str], kind: str
-) -> list[Mark]:
-    return [
-        Mark(float(x), float(y), f"{kind}{names[label]} ({task})")
-        for (x, y), label in zip(places, classes, strict=True)
+    places = MARGIN + layout.places * (WIDTH - 2 * MARGIN)
+    clouds = [
+        _cloud(layout, places, position, task, names)
+        for position, (task, names) in enumerate(classes.items())
     ]
+    return Scatter(seed, WIDTH, float(places[:, 1].max()) + MARGIN, clouds)
+
+
+def _cloud(
+    layout: FeatureMap, places: np.ndarray, position: int, task: str, names: Sequence[str]
+) -> Cloud:
+    def marks(chosen: np.ndarray, kind: str) -> list[Mark]:
+        return [
+            Mark(float(x), float(y), f"{kind}{names[label]} ({task})")
+            for (x, y), label in zip(places[chosen], layout.classes[chosen], strict=True)
+        ]
+
+    mine = layout.tasks == position
+    images, prototypes = mine & ~layout.prototype, mine & layout.prototype
+    middle = np.median(places[images if images.any() else prototypes], axis=0)
+    return Cloud(
+        task,
+        position % HUES,
+        SHAPES[position // HUES % len(SHAPES)],
+        marks(images, ""),
+        marks(prototypes, "prototype of "),
+        (float(middle[0]), float(middle[1])),
+    )

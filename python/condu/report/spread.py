@@ -31,6 +31,9 @@ class Spread:
 
     def text(self, number: Callable[[float], str]) -> str:
         """`mean` alone, or `mean (least–greatest)` where there are several."""
-        if not self.varies:
-            return number(self.mean)
-        return f"{number(self.mean)} ({number(self.least)}–{number(self.greatest)})"
+        return f"{number(self.mean)} ({self.range(number)})" if self.varies else number(self.mean)
+
+    def range(self, number: Callable[[float], str]) -> str:
+        """`least–greatest`; with a word where the dash would meet a minus."""
+        between = " to " if self.least < 0 else "–"
+        return f"{number(self.least)}{between}{number(self.greatest)}"
