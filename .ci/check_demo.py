@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import condu_ext as cx
 from condu.config import demo_config
 from condu.metrics import summarize
 from condu.prototypes import PrototypeSet
-from condu.report.tables import protocols_of
+from condu.runfolder import RunFolder
+from condu.weights import load_weights
 
 
 def main() -> None:
@@ -21,16 +21,23 @@ def main() -> None:
     arguments = parser.parse_args()
     run: Path = arguments.run
 
-    results = json.loads((run / "results.json").read_text())
+    results = RunFolder(run).load_results()
     tasks = results["tasks"]
     assert len(tasks) == arguments.tasks, tasks
     assert list(results["methods"]) == list(demo_config().methods)
-    merging = {name for name, entry in results["methods"].items() if "misaligned" in entry}
-    assert merging == {"lora_average", "pam"}, merging
+    assert list(results["classes"]) == tasks
+    for key, expected in (
+        ("misaligned", {"lora_average", "pam"}),
+        ("fused", {"condu", "condu_lora"}),
+    ):
+        methods = results["methods"].items()
+        given = {name for name, entry in methods if entry["sessions"][-1][key] is not None}
+        assert given == expected, (key, given)
     for method, entry in results["methods"].items():
         assert set(entry["seconds"]) == {"train", "fuse", "evaluate"}, (method, entry["seconds"])
         assert all(s >= 0 for s in entry["seconds"].values()), (method, entry["seconds"])
-        protocols = dict(protocols_of(entry))
+        assert len(entry["sessions"]) == len(tasks), method
+        protocols = entry["protocols"]
         assert "task-id" in protocols, (method, list(protocols))
         for protocol, row in protocols.items():
             assert len(row["matrix"]) == len(tasks), (method, protocol)
@@ -44,6 +51,9 @@ def main() -> None:
         assert all(0 < state.rescaler(task) < math.inf for task in tasks)
     prototypes = PrototypeSet.load(run / "prototypes.safetensors")
     assert list(prototypes.tasks) == tasks
+    features = load_weights(run / "features.safetensors")
+    assert len(features) == 2 * len(tasks), sorted(features)
+    assert all(len(features[f"{i}.labels"]) == 100 for i in range(len(tasks)))
     plots = sorted((run / "report").glob("*.png"))
     assert len(plots) >= len(results["methods"]) + 1, plots
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)

@@ -108,13 +108,12 @@ def report(
     with errors("report", debug):
         from condu.report import matrix_table, misalignment, summary_table
         from condu.report.plots import save_plots
-        from condu.report.tables import protocols_of
         from condu.runfolder import RunFolder
 
         console = Console()
         results = RunFolder(folder).load_results()
         for name, method in results["methods"].items():
-            for protocol, _ in protocols_of(method):
+            for protocol in method["protocols"]:
                 console.print(matrix_table(results, name, protocol))
         console.print(summary_table(results))
         if line := misalignment(results):

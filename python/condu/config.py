@@ -31,7 +31,7 @@ from condu.voting import SemanticVoting
 from condu_ext import FusionRule
 
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
-WITHOUT_EFFECT = ("benchmark.root", "benchmark.download", "evaluation.cache")
+WITHOUT_EFFECT = ("benchmark.root", "benchmark.download", "evaluation.cache", "trackers")
 """Keys that change no number of a run."""
 
 
@@ -244,7 +244,8 @@ class EvaluationConfig(_Section):
 
 
 class RunConfig(_Section):
-    """Everything that decides the numbers of a run; device and processes come from `accelerate`."""
+    """Everything that decides the numbers of a run; device and processes come from `accelerate`.
+    `trackers`: what shows the run while it goes on, see `condu.tracking`."""
 
     benchmark: BenchmarkConfig = BenchmarkConfig()
     model: ModelConfig = ModelConfig()
@@ -265,6 +266,7 @@ class RunConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = Field(default=42, ge=0)
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     @field_validator("methods")
     @classmethod
@@ -276,9 +278,9 @@ class RunConfig(_Section):
                 raise ValueError(f"unknown method {name!r}, there are: {', '.join(METHODS)}")
         return _unique(names)
 
-    @field_validator("protocols")
+    @field_validator("protocols", "trackers")
     @classmethod
-    def _unique_protocols(cls, names: tuple[Protocol, ...]) -> tuple[Protocol, ...]:
+    def _listed_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return _unique(names)
 
     @model_validator(mode="after")
@@ -360,7 +362,7 @@ def _unique(names: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The entries of a nested mapping, each under its keys joined by dots."""
+    """The values of nested sections, by dotted key."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")

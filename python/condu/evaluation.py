@@ -47,11 +47,11 @@ class Row:
 
     ``accuracy``: percent per dataset, unrounded, in the order of the datasets. ``votes[d][e]``:
     images of dataset d that expert e answered; one column per task of the prototype set, in its
-    order, and a last one for the pretrained model.
+    order, and a last one for the pretrained model. None where nobody votes.
     """
 
     accuracy: list[float]
-    votes: list[list[int]]
+    votes: list[list[int]] | None = None
 
 
 class Evaluator:

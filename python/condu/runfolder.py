@@ -1,11 +1,13 @@
 """The folder of a run, and how it survives a kill.
 
     RUN/config.yaml          the complete configuration, written first
-    RUN/progress.json        accuracy rows and seconds so far: the record of what has been done
+    RUN/progress.json        the sessions so far (`condu.record`): what has been done
     RUN/finetuned/…          one fine-tuned model a task
     RUN/lora-<rank>/…        one fine-tuned adapter a task
     RUN/prototypes.safetensors
     RUN/<method>/…           what a method keeps, e.g. the unified model
+    RUN/tracking/…           what trackers keep, if there are any
+    RUN/features.safetensors a sample of frozen features, of models that vote
     RUN/results.json         written when the last task is done
 
 Every file is written beside its place, flushed to disk and renamed, so a reader sees the old one or
@@ -17,41 +19,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from condu.config import RunConfig, difference, load_config
+from condu.record import FORMAT, Progress
 from condu_ext.files import PART, replace
+
+_PROGRESS = TypeAdapter(Progress)
 
 
 class RunFolderError(ValueError):
     """A run folder that cannot be started in or resumed; the message says why and what to do."""
-
-
-@dataclass
-class MethodProgress:
-    """Rows of the accuracy matrix by protocol, one for each learnt task, and seconds so far; of
-    merged adapters the share of misaligned weights, one number a task from the second on."""
-
-    rows: dict[str, list[list[float]]]
-    train: float = 0.0
-    fuse: float = 0.0
-    evaluate: float = 0.0
-    misaligned: list[float] = field(default_factory=list)
-
-    @property
-    def learned(self) -> int:
-        """Number of tasks learnt and evaluated."""
-        return min(len(rows) for rows in self.rows.values())
-
-
-@dataclass
-class Progress:
-    """What `progress.json` holds."""
-
-    tasks: list[str]
-    methods: dict[str, MethodProgress] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -93,28 +74,41 @@ class RunFolder:
     def results_file(self) -> Path:
         return self.path / "results.json"
 
+    @property
+    def feature_file(self) -> Path:
+        return self.path / "features.safetensors"
+
     def load_progress(self, tasks: Sequence[str]) -> Progress:
-        """What has been done so far. `RunFolderError` if it was done for other tasks."""
+        """What has been done so far. `RunFolderError` if it was done for other tasks, or recorded
+        in another format."""
         file = self.path / "progress.json"
         if not file.exists():
             return Progress(list(tasks))
         values = json.loads(file.read_text(encoding="utf-8"))
-        if values["tasks"] != list(tasks):
+        _check_format(file, values, "go on with the version of condu that began the run, or anew")
+        try:
+            progress = _PROGRESS.validate_python(values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise RunFolderError(f"{file} is damaged: {key}: {problem['msg']}") from None
+        if progress.tasks != list(tasks):
             raise RunFolderError(
-                f"{self.path} holds a run over the tasks {', '.join(values['tasks'])}, "
+                f"{self.path} holds a run over the tasks {', '.join(progress.tasks)}, "
                 f"not {', '.join(tasks)}"
             )
-        methods = {name: MethodProgress(**method) for name, method in values["methods"].items()}
-        return Progress(list(tasks), methods)
+        return progress
 
     def save_progress(self, progress: Progress) -> None:
-        write_text(self.path / "progress.json", json.dumps(asdict(progress), indent=1))
+        text = _PROGRESS.dump_json(progress, indent=1).decode()
+        write_text(self.path / "progress.json", text)
 
     def save_results(self, results: dict[str, Any]) -> None:
         write_text(self.results_file, json.dumps(results, indent=1, allow_nan=False))
 
     def load_results(self) -> dict[str, Any]:
-        """The results of a finished run; `RunFolderError` if there are none."""
+        """The results of a finished run; `RunFolderError` if there are none, or in another format
+        than `condu.record.FORMAT`."""
         if not self.results_file.exists():
             state = (
                 "has not finished" if self.config_file.exists() else "is not the folder of a run"
@@ -123,12 +117,21 @@ class RunFolder:
         results = json.loads(self.results_file.read_text(encoding="utf-8"))
         if not isinstance(results, dict):
             raise RunFolderError(f"{self.results_file} does not hold the results of a run")
+        _check_format(self.results_file, results, "read it with the version that wrote it")
         return results
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file as one step."""
     replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _check_format(file: Path, values: Any, advice: str) -> None:
+    found = values.get("format", 1) if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise RunFolderError(
+            f"{file} has format {found}, but this version of condu knows format {FORMAT}: {advice}"
+        )
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import os
-import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 
-import condu_ext
+from condu.bench.memory import peaks, restart_peaks
 from condu.config import BenchmarkConfig, ConfigError, RunConfig
+from condu.feature_sample import save_feature_sample
 from condu.methods import METHODS, Method
-from condu.metrics import summarize
 from condu.models import load_model
+from condu.models.clip import ClipModel
 from condu.progress import RunProgress
-from condu.runfolder import MethodProgress, Progress, RunFolder
+from condu.record import PeakBytes, Progress, Session, results_of
+from condu.runfolder import RunFolder
 from condu.tasks import load_benchmark
 from condu.tasks.mtil import ORDERS
+from condu.tracking import check_trackers
 from condu.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -83,11 +81,14 @@ class ContinualTrainer:
         with another configuration; `ConfigError` and ValueError before anything is trained, for
         what the configuration has wrong.
         """
+        check_trackers(self.config)
         accelerator = Accelerator(
             mixed_precision=self.config.mixed_precision,
             # batch_size is the whole batch: the number of processes does not change the training
             dataloader_config=DataLoaderConfiguration(split_batches=True),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=EVALUATION_LIMIT)],
+            log_with=list(self.config.trackers) or None,
+            project_dir=self.out / "tracking",
         )
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != accelerator.num_processes:  # each would take itself for the main one
@@ -107,11 +108,13 @@ class ContinualTrainer:
         for method in methods:  # what the configuration has wrong shows before anything is trained
             self._protocols_of(method)
             workspace.tuner(method.tuning)
-        for index in range(len(names)):
-            for method in methods:
-                self._step(method, index, progress, folder, accelerator)
+        with workspace.tracking.started(self.config, folder.path):
+            for index in range(len(names)):
+                for method in methods:
+                    self._step(method, index, progress, folder, workspace)
         if accelerator.is_main_process:
-            folder.save_results(self._results(progress))
+            self._save_features(folder, accelerator)
+            folder.save_results(results_of(progress, self.benchmark, self.config))
         accelerator.wait_for_everyone()
         return folder.load_results()
 
@@ -121,33 +124,53 @@ class ContinualTrainer:
         index: int,
         progress: Progress,
         folder: RunFolder,
-        accelerator: Accelerator,
+        workspace: Workspace,
     ) -> None:
         """One method learns one task and is evaluated on all, unless that is on disk already."""
         protocols = self._protocols_of(method)
-        done = progress.methods.setdefault(
-            method.name, MethodProgress(rows={protocol: [] for protocol in protocols})
-        )
-        if done.learned > index:
+        done = progress.methods.setdefault(method.name, [])
+        if len(done) > index:
             return
+        accelerator = workspace.accelerator
+        restart_peaks(accelerator.device)
         learned = method.learn(index)
         if not accelerator.is_main_process:  # waits for the main one when it next trains
             return
         began = time.perf_counter()
         rows = method.rows(index, protocols)
-        done.train += learned.train
-        done.fuse += learned.fuse
-        done.evaluate += learned.evaluate + time.perf_counter() - began
-        if learned.misaligned is not None:
-            done.misaligned.append(learned.misaligned)
-        for protocol, row in rows.items():
-            done.rows[protocol].append(row)
+        evaluate = learned.evaluate + time.perf_counter() - began
+        peak = PeakBytes(*peaks(accelerator.device))
+        done.append(
+            Session(
+                rows,
+                learned.train,
+                learned.fuse,
+                evaluate,
+                peak,
+                misaligned=learned.misaligned,
+                fused=learned.fused,
+            )
+        )
         folder.save_progress(progress)
-        seen = {protocol: sum(row[: index + 1]) / (index + 1) for protocol, row in rows.items()}
+        workspace.tracking.session(method.name, progress.tasks, done)
+        seen = {
+            protocol: sum(row.accuracy[: index + 1]) / (index + 1) for protocol, row in rows.items()
+        }
         self.progress.line(
             f"after task {index + 1} of {len(self.benchmark)}, {method.name} on the tasks so far: "
             + ", ".join(f"{protocol} {accuracy:.1f} %" for protocol, accuracy in seen.items())
         )
+
+    def _save_features(self, folder: RunFolder, accelerator: Accelerator) -> None:
+        if self.live.votes and not folder.feature_file.exists():
+            assert isinstance(self.live, ClipModel)
+            save_feature_sample(
+                folder.feature_file,
+                self.live,
+                self.benchmark,
+                seed=self.config.seed,
+                autocast=accelerator.autocast,
+            )
 
     def _protocols_of(self, method: Method) -> list[Protocol]:
         protocols = [p for p in self.config.protocols if p in method.protocols]
@@ -158,26 +181,6 @@ class ContinualTrainer:
                 f"{', '.join(self.config.protocols)}"
             )
         return protocols
-
-    def _results(self, progress: Progress) -> dict[str, Any]:
-        methods: dict[str, Any] = {}
-        for name, done in progress.methods.items():
-            methods[name] = {protocol: _table(rows) for protocol, rows in done.rows.items()}
-            methods[name]["seconds"] = {
-                "train": done.train,
-                "fuse": done.fuse,
-                "evaluate": done.evaluate,
-            }
-            if done.misaligned:
-                methods[name]["misaligned"] = done.misaligned
-        return {
-            "benchmark": self.benchmark.name,
-            "seed": self.config.seed,
-            "tasks": progress.tasks,
-            "methods": methods,
-            "versions": versions(),
-            "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads()},
-        }
 
 
 def make_benchmark(config: RunConfig) -> Benchmark:
@@ -231,26 +234,3 @@ def _mtil(wanted: BenchmarkConfig, names: Sequence[str]) -> Benchmark:
         download=wanted.download,
         workers=4 if wanted.workers is None else wanted.workers,
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers of a run depend on, and the instruction set of the kernels."""
-    return {
-        "condu": metadata.version("condu"),
-        "condu_ext": str(condu_ext.build_info()["version"]),
-        "condu_ext_isa": str(condu_ext.build_info()["cpu_isa"]),
-        "open_clip": metadata.version("open_clip_torch"),
-        "transformers": metadata.version("transformers"),
-        "peft": metadata.version("peft"),
-        "accelerate": metadata.version("accelerate"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _table(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """A matrix with its summary; what is not defined for a single task is null."""
-    return {"matrix": rows} | {
-        metric: None if math.isnan(value) else value
-        for metric, value in asdict(summarize(rows)).items()
-    }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from condu.models.base import LiveModel
+    from condu.tracking import Track
 
 AfterStep = Callable[[torch.optim.Optimizer], None]
 """Called after each step of the optimiser, which it may change, as it may the weights."""
@@ -63,11 +64,12 @@ def finetune(
     progress: RunProgress,
     penalty: Penalty | None = None,
     after_step: AfterStep | None = None,
+    track: Track | None = None,
     workers: int = 0,
 ) -> float:
     """Fine-tune the live model on a task from the weights it has; returns the mean loss of the last
     tenth of the steps. `training.batch_size` is the whole batch, over all processes; `workers` more
-    prepare it, and their number changes what is random in that. Raises
+    prepare it, and their number changes what is random in that. `track` learns of each step. Raises
     `FloatingPointError` when the loss is no longer finite: such weights must not be fused."""
     set_seed(task_seed(seed, task.name))
     batches = shuffled_batches(
@@ -109,6 +111,8 @@ def finetune(
                     f"{training.steps}, with a learning rate of {rate:g}; try a lower one"
                 )
             advance(losses[-1])
+            if track is not None:
+                track(step + 1, losses[-1], rate)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
     accelerator.free_memory()
     tail = losses[-max(1, len(losses) // 10) :]

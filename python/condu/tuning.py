@@ -126,6 +126,7 @@ class Tuner:
                     progress=self.workspace.progress,
                     penalty=penalty,
                     after_step=after_step,
+                    track=self.workspace.tracking.training(path.parent.name, task.name),
                     workers=self.workspace.benchmark.workers,
                 )
                 seconds = time.perf_counter() - began

@@ -13,6 +13,7 @@ from condu.evaluation import Evaluator
 from condu.feature_cache import FeatureCache
 from condu.progress import RunProgress
 from condu.prototypes import PrototypeSet
+from condu.tracking import Tracking
 from condu.training import train_all_weights
 from condu.tuning import Tuner
 
@@ -46,6 +47,7 @@ class Workspace:
         self.folder = folder
         self.accelerator = accelerator
         self.progress = progress
+        self.tracking = Tracking(accelerator)
         live.model.to(accelerator.device).eval()
         self._zero_shot: dict[int, float] = {}
         self._adapted: dict[int, Tuner] = {}

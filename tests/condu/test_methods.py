@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import tiny_trainer
+from tiny_run import numbers, tiny_trainer
 from torch import nn
 
 import condu_ext
@@ -43,7 +43,7 @@ def results(run: Path) -> dict[str, Any]:
 
 
 def matrix(results: dict[str, Any], method: str, protocol: str = "task-id") -> list[list[float]]:
-    return results[method][protocol]["matrix"]
+    return results[method]["protocols"][protocol]["matrix"]
 
 
 def trained_by(
@@ -185,7 +185,12 @@ def test_aligning_leaves_no_strong_weight_misaligned(run: Path) -> None:
 def test_merging_reports_the_misaligned_share_of_each_task_from_the_second(
     run: Path, results: dict[str, Any]
 ) -> None:
-    (average,), (aligned,) = (results[name]["misaligned"] for name in ("lora_average", "pam"))
+    shares = [
+        [session["misaligned"] for session in results[name]["sessions"]]
+        for name in ("lora_average", "pam")
+    ]
+    (undefined, average), (_, aligned) = shares
+    assert undefined is None
     g = load_weights(run / "lora-4" / "000.safetensors")
     w = load_weights(run / "lora_average" / "finetuned.safetensors")
     opposite = sum(int((g[name] * w[name] < 0).sum()) for name in g)
@@ -253,18 +258,14 @@ def test_a_kill_right_after_merging_merges_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    expected = three_tasks(out).run()["methods"]["pam"]
+    expected = numbers(three_tasks(out).run())["pam"]
     weights = load_weights(out / "pam" / "model.safetensors")
     progress = json.loads((out / "progress.json").read_text())
-    for rows in progress["methods"]["pam"]["rows"].values():
-        del rows[2]
-    del progress["methods"]["pam"]["misaligned"][1]
+    del progress["methods"]["pam"][2]
     (out / "progress.json").write_text(json.dumps(progress))
     monkeypatch.setattr(tuning, "finetune", None)
     monkeypatch.setattr(condu_ext, "average_", None)
-    after = three_tasks(out).run(resume=True)["methods"]["pam"]
-    assert after["task-id"] == expected["task-id"]
-    assert after["misaligned"] == expected["misaligned"]
+    assert numbers(three_tasks(out).run(resume=True))["pam"] == expected
     again = load_weights(out / "pam" / "model.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
@@ -309,7 +310,7 @@ def test_what_adapters_do_to_an_attention_is_undone(
 def test_protocols_can_be_chosen(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", methods=["zero_shot", "condu"], protocols=["agnostic"])
     methods = trainer.run()["methods"]
-    assert [set(method) for method in methods.values()] == [{"agnostic", "seconds"}] * 2
+    assert [set(method["protocols"]) for method in methods.values()] == [{"agnostic"}] * 2
 
 
 def test_the_fusion_rule_and_the_state_dtype_reach_the_state(tmp_path: Path) -> None:
@@ -330,6 +331,7 @@ def test_a_name_is_registered_once() -> None:
 
 
 def test_a_new_method_needs_only_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from condu.evaluation import Row
     from condu.methods import Learned
 
     class Guess(Method):
@@ -339,9 +341,9 @@ def test_a_new_method_needs_only_a_class(tmp_path: Path, monkeypatch: pytest.Mon
             return Learned(train=1.5)
 
         def rows(self, index: int, protocols: Any) -> Any:
-            return {protocol: [float(index), 50.0] for protocol in protocols}
+            return {protocol: Row([float(index), 50.0]) for protocol in protocols}
 
     monkeypatch.setitem(METHODS, "guess", Guess)
     found = tiny_trainer(tmp_path / "run", methods=["guess"]).run()["methods"]["guess"]
-    assert found["agnostic"]["matrix"] == [[0, 50], [1, 50]]
+    assert found["protocols"]["agnostic"]["matrix"] == [[0, 50], [1, 50]]
     assert found["seconds"]["train"] == 3

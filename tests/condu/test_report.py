@@ -28,13 +28,13 @@ def results(tasks: int = 2) -> dict[str, Any]:
         "tasks": [f"task {i}" for i in range(tasks)],
         "methods": {
             "individual_lora": {
-                "task-id": table(10.04),
+                "protocols": {"task-id": table(10.04)},
+                "sessions": [{"misaligned": None}] * tasks,
                 "seconds": {"train": 12.34, "fuse": 0.0, "evaluate": 1.0},
             },
             "two": {
-                "misaligned": [0.25, 0.125],
-                "task-id": table(30.06),
-                "agnostic": table(50.0),
+                "protocols": {"task-id": table(30.06), "agnostic": table(50.0)},
+                "sessions": [{"misaligned": share} for share in (None, 0.25, 0.125)[:tasks]],
                 "seconds": {"train": 12.34, "fuse": 0.0123, "evaluate": 1.0},
             },
         },
@@ -60,7 +60,7 @@ def test_the_summary_has_one_line_a_method_within_80_columns() -> None:
 
 
 def test_misalignment_is_the_mean_over_tasks_and_only_of_methods_that_merge() -> None:
-    line = misalignment(results())
+    line = misalignment(results(3))
     assert line is not None
     assert line.endswith("before merging: two 18.8 %")
     without = results()
@@ -100,7 +100,7 @@ def test_one_picture_a_matrix_and_a_summary(tmp_path: Path, tasks: int) -> None:
 
 def test_the_pictures_show_the_numbers(tmp_path: Path) -> None:
     low, high = results(), results()
-    high["methods"]["individual_lora"]["task-id"]["matrix"][0][0] = 90.0
+    high["methods"]["individual_lora"]["protocols"]["task-id"]["matrix"][0][0] = 90.0
     save_plots(low, tmp_path / "low")
     save_plots(high, tmp_path / "high")
     name = "accuracy-individual_lora-task-id.png"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny_run import (
-    accuracies,
+    numbers,
     run_in_two_processes,
     tiny_benchmark,
     tiny_clip,
@@ -163,9 +163,7 @@ def test_results_have_every_method_protocol_and_number(finished: Path) -> None:
     found = results(finished)
     assert (found["benchmark"], found["seed"], found["tasks"]) == ("tiny", 42, ["hues", "tones"])
     both = {"task-id", "agnostic"}
-    protocols = {
-        name: set(method) - {"seconds", "misaligned"} for name, method in found["methods"].items()
-    }
+    protocols = {name: set(method["protocols"]) for name, method in found["methods"].items()}
     assert protocols == {
         "zero_shot": both,
         "individual": {"task-id"},
@@ -174,14 +172,12 @@ def test_results_have_every_method_protocol_and_number(finished: Path) -> None:
         "condu_lora": both,
         "pam": both,
     }
-    merging = {name for name, method in found["methods"].items() if "misaligned" in method}
-    assert merging == {"pam"}
     for name, method in found["methods"].items():
         assert set(method["seconds"]) == {"train", "fuse", "evaluate"}
         assert (method["seconds"]["train"] > 0) == (name != "zero_shot")
         assert (method["seconds"]["fuse"] > 0) == (name in ("condu", "condu_lora", "pam"))
         for protocol in protocols[name]:
-            table = method[protocol]
+            table = method["protocols"][protocol]
             summary = summarize(table["matrix"])
             assert [len(row) for row in table["matrix"]] == [2, 2]
             for metric in ("transfer", "average", "last", "acc", "bwt", "forgetting"):
@@ -199,12 +195,12 @@ def test_a_run_leaves_its_configuration_models_state_and_prototypes(finished: Pa
 
 def test_a_run_repeats(finished: Path, tmp_path: Path) -> None:
     again = tiny_trainer(tmp_path / "again").run()
-    assert accuracies(again) == accuracies(results(finished))
+    assert numbers(again) == numbers(results(finished))
 
 
 def test_another_seed_is_another_run(finished: Path, tmp_path: Path) -> None:
     other = tiny_trainer(tmp_path / "other", seed=1).run()
-    assert accuracies(other) != accuracies(results(finished))
+    assert numbers(other) != numbers(results(finished))
 
 
 def test_two_processes_share_the_batch_and_train_the_same_models(
@@ -225,7 +221,7 @@ def test_two_processes_share_the_batch_and_train_the_same_models(
 def test_one_task_has_no_transfer(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "run", methods=["condu"], **QUICK)
     trainer.benchmark = trainer.benchmark.subset(1)
-    table = trainer.run()["methods"]["condu"]["agnostic"]
+    table = trainer.run()["methods"]["condu"]["protocols"]["agnostic"]
     assert table["transfer"] is None
     assert table["last"] == table["matrix"][0][0]
 

@@ -123,10 +123,14 @@ def tiny_trainer(out: Path, **changes: Any) -> ContinualTrainer:
     return ContinualTrainer(tiny_clip(), tiny_benchmark(), tiny_config(**changes), out)
 
 
-def accuracies(results: dict[str, Any]) -> dict[str, Any]:
-    """The methods' part of results.json without the seconds."""
+def numbers(results: dict[str, Any]) -> dict[str, Any]:
+    """The methods' part of results.json without seconds and memory."""
     return {
-        name: {key: value for key, value in method.items() if key != "seconds"}
+        name: {
+            "protocols": method["protocols"],
+            "misaligned": [session["misaligned"] for session in method["sessions"]],
+            "fused": [session["fused"] for session in method["sessions"]],
+        }
         for name, method in results["methods"].items()
     }
 
@@ -175,7 +179,7 @@ def outcome(out: Path) -> dict[str, Any]:
         name: xxhash.xxh3_64_hexdigest(b"".join(t.numpy().tobytes() for t in tensors.values()))
         for name, tensors in weights.items()
     }
-    return {"accuracies": accuracies(results), "weights": digests}
+    return {"numbers": numbers(results), "weights": digests}
 
 
 def kill(folder: Path, methods: Sequence[str]) -> None:

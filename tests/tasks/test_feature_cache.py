@@ -182,7 +182,7 @@ def test_a_second_run_reads_what_the_first_has_kept(
     for name, chosen in (("plain", plain), ("first", cached), ("second", cached)):
         encoded.clear()
         results = ContinualTrainer.from_config(chosen, tmp_path / name).run()
-        matrices.append(results["methods"]["condu"]["task-id"]["matrix"])
+        matrices.append(results["methods"]["condu"]["protocols"]["task-id"]["matrix"])
         images.append(sum(encoded))
         file = tmp_path / name / "prototypes.safetensors"
         prototypes.append(PrototypeSet.load(file)["Aircraft"])

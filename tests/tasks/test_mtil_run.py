@@ -52,8 +52,8 @@ def test_a_run_trains_on_data_sets_on_disk(tmp_path: Path, monkeypatch: pytest.M
     chosen = make_config(config(data, order="II", tasks=2, shots=5, workers=1))
     results = ContinualTrainer.from_config(chosen, tmp_path / "run").run()
     assert (results["benchmark"], results["tasks"]) == ("mtil", ["StanfordCars", "Food101"])
-    untrained, *_ = results["methods"]["zero_shot"]["task-id"]["matrix"]
-    matrix = results["methods"]["condu"]["task-id"]["matrix"]
+    untrained, *_ = results["methods"]["zero_shot"]["protocols"]["task-id"]["matrix"]
+    matrix = results["methods"]["condu"]["protocols"]["task-id"]["matrix"]
     assert matrix[0][0] > untrained[0] + 20
     assert matrix[1][1] > untrained[1] + 20
     assert load_config(tmp_path / "run" / "config.yaml") == chosen

@@ -6,14 +6,15 @@ import ctypes
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
-_CLEAR = Path("/proc/self/clear_refs")
+_CLEAR = Path("/proc/self/clear_refs")  # "5" lets the mark VmHWM begin anew
+_STATUS = Path("/proc/self/status")
 
 
 def available_memory(device: torch.device) -> int:
@@ -68,10 +69,28 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     except (OSError, AttributeError):  # another C library, not Linux, or not allowed
         yield peak
         return
-    status = Path("/proc/self/status")
-    before = _value(status, "VmRSS")
+    before = _value(_STATUS, "VmRSS")
     yield peak
-    peak.extra = _value(status, "VmHWM") - before
+    peak.extra = _value(_STATUS, "VmHWM") - before
+
+
+def restart_peaks(device: torch.device) -> None:
+    """Let `peaks` begin anew, as far as the system lets it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # not Linux, or not allowed
+        _CLEAR.write_text("5")
+
+
+def peaks(device: torch.device) -> tuple[int | None, int | None]:
+    """The most bytes at a time that this process had resident in host memory, since
+    `restart_peaks` or, where the kernel does not let it begin anew, since the process began; and
+    that torch's allocator had handed out on a GPU. None: not Linux; not a GPU."""
+    try:
+        host = _value(_STATUS, "VmHWM")
+    except OSError:
+        host = None
+    return host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _value(file: Path, key: str) -> int:

@@ -12,7 +12,8 @@ from condu.config import ConfigError
 from condu.models.clip import ClipModel
 
 if TYPE_CHECKING:
-    from condu.evaluation import Protocol
+    from condu.evaluation import Protocol, Row
+    from condu.reconstruction import Fused
     from condu.tuning import Tuner
     from condu.workspace import Tuning, Workspace
 
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Learned:
     """What learning one task took and showed: wall-clock seconds of fine-tuning, of fusing, and of
-    work on behalf of evaluation such as prototypes; and, of methods that merge an adapter into a
-    global one, the share of its weights whose sign was the opposite of the global one's."""
+    work on behalf of evaluation such as prototypes; of methods that merge an adapter into a global
+    one, the share of its weights whose sign was the opposite of the global one's; and, of methods
+    with a unified model, what has become of every task in it."""
 
     train: float = 0.0
     fuse: float = 0.0
     evaluate: float = 0.0
     misaligned: float | None = None
+    fused: Fused | None = None
 
 
 class Method(ABC):
@@ -61,8 +64,8 @@ class Method(ABC):
         """Learn task `index`; those before it have been learnt, perhaps before a restart."""
 
     @abstractmethod
-    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
-        """Accuracy (percent) on every dataset of the benchmark after task `index`, by protocol."""
+    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
+        """Accuracy on every dataset of the benchmark after task `index`, by protocol."""
 
 
 def clip_model_of(method: Method) -> ClipModel:

@@ -6,15 +6,17 @@ Enhanced Continual Learning of Vision-Language Models with Model Fusion, arXiv 2
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from condu.evaluation import Evaluator
+from condu.evaluation import Evaluator, Row
 from condu.fusion import ConDU
+from condu.live import canonical_name
 from condu.methods.base import Learned, Method, register
+from condu.reconstruction import Fused, reconstruct
 from condu.workspace import Tuning, Workspace
 
 if TYPE_CHECKING:
@@ -55,8 +57,9 @@ class ConDUFineTuning(Method):
         began = time.perf_counter()
         if workspace.live.votes:
             workspace.add_prototypes(workspace.benchmark.tasks[index], self.fusion)
+        fused = self._fused(index)
         evaluate = time.perf_counter() - began
-        return Learned(train=finetuned.seconds, fuse=fuse, evaluate=evaluate)
+        return Learned(train=finetuned.seconds, fuse=fuse, evaluate=evaluate, fused=fused)
 
     def fuse(self, index: int) -> float:
         """Bring a fine-tuned task into the unified model, unless it is there; returns the seconds
@@ -71,17 +74,20 @@ class ConDUFineTuning(Method):
         self.fusion.save_pretrained(self._state)
         return seconds
 
-    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
+    def name_of(self) -> Callable[[str], str]:
+        """What turns the names in files of the fine-tuned models into those of the state."""
+        return canonical_name
+
+    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         scorer = self.tuner.scorer
         if not isinstance(scorer, Evaluator):
-            return {"task-id": self._row_by_task()}
-        rows = scorer.fused_rows(
+            return {"task-id": Row(self._row_by_task())}
+        return scorer.fused_rows(
             self.fusion,
             self.workspace.prototypes,
             self.workspace.config.voting.voting(),
             protocols=protocols,
         )
-        return {protocol: list(row.accuracy) for protocol, row in rows.items()}
 
     def _row_by_task(self) -> list[float]:
         row = []
@@ -92,6 +98,23 @@ class ConDUFineTuning(Method):
             else:
                 row.append(self.workspace.zero_shot_accuracy(index))
         return row
+
+    def _fused(self, index: int) -> Fused:
+        """Tasks 0 … index in the unified model, held against their fine-tuned models on disk."""
+        fusion, tasks = self.fusion, self.workspace.benchmark.tasks[: index + 1]
+        return Fused(
+            fusion.state.nbytes,
+            {
+                task.name: reconstruct(
+                    fusion.state,
+                    task.name,
+                    fusion.pretrained,
+                    self.tuner.finetuned(position).path,
+                    self.name_of(),
+                )
+                for position, task in enumerate(tasks)
+            },
+        )
 
     @property
     def _state(self) -> Path:
@@ -105,3 +128,8 @@ class ConDULoRA(ConDUFineTuning):
 
     name: ClassVar[str] = "condu_lora"
     tuning: ClassVar[Tuning] = "lora"
+
+    def name_of(self) -> Callable[[str], str]:
+        from condu.adapters.layers import LoraLayers  # imports peft
+
+        return LoraLayers(self.tuner.live.model).namer()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from condu.evaluation import Row
 from condu.methods.base import Learned, Method, register
 from condu.workspace import Tuning, Workspace
 
@@ -27,12 +28,12 @@ class Individual(Method):
     def learn(self, index: int) -> Learned:
         return Learned(train=self.tuner.finetune(index).seconds)
 
-    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
+    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         row = [
             self._own_accuracy(j) if j <= index else self.workspace.zero_shot_accuracy(j)
             for j in range(len(self.workspace.benchmark))
         ]
-        return {protocol: row for protocol in protocols}
+        return {protocol: Row(row) for protocol in protocols}
 
     def _own_accuracy(self, index: int) -> float:
         """Accuracy of a task's own model, which never changes: measured once."""

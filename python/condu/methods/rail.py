@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condu.evaluation import Evaluator
+from condu.evaluation import Evaluator, Row
 from condu.features import zero_shot_head
 from condu.methods.base import Learned, Method, clip_model_of
 from condu.workspace import Workspace
@@ -71,9 +71,9 @@ class Rail(Method):
         self.absorb(index)
         return Learned(train=time.perf_counter() - began)
 
-    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
+    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         weight = self.workspace.config.rail.weight
-        rows: dict[Protocol, list[float]] = {protocol: [] for protocol in protocols}
+        rows: dict[Protocol, Row] = {protocol: Row([]) for protocol in protocols}
         for position, task in enumerate(self.workspace.benchmark):
             frozen = self.evaluator.frozen_answers(task)
             adapter = self.adapter(frozen.features)
@@ -86,7 +86,7 @@ class Rail(Method):
                 else:
                     scores = answer(logits, adapter, weight)[:, block]
                 right = scores.argmax(dim=1) == frozen.labels
-                row.append(100.0 * int(right.sum()) / len(right))
+                row.accuracy.append(100.0 * int(right.sum()) / len(right))
         return rows
 
     def features(self, index: int) -> tuple[Tensor, Tensor]:

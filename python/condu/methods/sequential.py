@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from condu.evaluation import Row
 from condu.methods.base import Learned, Method, register
 from condu.tuning import Trained
 from condu.workspace import Tuning
@@ -26,10 +27,10 @@ class Sequential(Method):
         trained = self.tuner.train(self._file, index, start=self._latest(index - 1))
         return Learned(train=trained.seconds)
 
-    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
+    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         with self.tuner.using(self._latest(index).load()):
             row = self.tuner.scorer.accuracies()
-        return {protocol: list(row) for protocol in protocols}
+        return {protocol: Row(row) for protocol in protocols}
 
     @property
     def _file(self) -> Path:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from condu.evaluation import Row
 from condu.methods.base import Learned, Method, register
 from condu.weights import copy_weights
 
@@ -38,10 +39,10 @@ class TaskArithmetic(Method):
         self._weights = self._merged(index)
         return Learned(train=finetuned.seconds, fuse=time.perf_counter() - began)
 
-    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
+    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         with self.tuner.using(self._weights):
             row = self.tuner.scorer.accuracies()
-        return {protocol: list(row) for protocol in protocols}
+        return {protocol: Row(row) for protocol in protocols}
 
     def _merged(self, index: int) -> dict[str, Tensor]:
         """Over tasks 0 … index, of which one at a time is in memory beside θ_0 and the sum."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from condu.evaluation import Row
 from condu.methods.base import Learned, Method, register
 
 if TYPE_CHECKING:
@@ -20,6 +21,6 @@ class ZeroShot(Method):
     def learn(self, index: int) -> Learned:
         return Learned()
 
-    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, list[float]]:
+    def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         row = [self.workspace.zero_shot_accuracy(j) for j in range(len(self.workspace.benchmark))]
-        return {protocol: list(row) for protocol in protocols}
+        return {protocol: Row(row) for protocol in protocols}

@@ -17,7 +17,8 @@ from condu.terminal import printable
 
 def environment() -> jinja2.Environment:
     """Templates of this package with everything escaped, and with the filters `percent`, `range`
-    (of a spread in percent), `place` (a coordinate), `path` (a line through dots) and `short` (a text of so many characters)."""
+    (of a spread in percent), `place` (a coordinate), `path` (a line through dots) and `short` (a
+    text of at most so many characters)."""
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("condu.report"),
         autoescape=True,

@@ -84,7 +84,7 @@ def page(experiments: Sequence[Experiment]) -> str:
 def _map(experiments: Sequence[Experiment]) -> Scatter | None:
     """The map of the first run that kept features; None where none did."""
     for run in (run for experiment in experiments for run in experiment.runs):
-        classes = {task: run.results["classes"][task] for task in run.results["tasks"]}
+        classes = run.results["classes"]
         layout = feature_map(run.folder, classes)
         if layout is not None:
             return scatter(layout, classes, run.seed)

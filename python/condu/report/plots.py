@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from condu.report.tables import percent, protocols_of
+from condu.report.tables import percent
 
 COLOURS = (
     *("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7"),
@@ -27,7 +27,7 @@ def save_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, method in results["methods"].items():
-        for protocol, table in protocols_of(method):
+        for protocol, table in method["protocols"].items():
             file = folder / f"accuracy-{name}-{protocol}.png"
             _save(_accuracy_matrix(f"{name}, {protocol}", results["tasks"], table), file)
             files.append(file)
@@ -70,15 +70,15 @@ def _accuracy_matrix(title: str, tasks: list[str], table: Mapping[str, Any]) -> 
 def _summary(results: Mapping[str, Any]) -> Figure:
     """One panel a protocol, below each other; one group of bars a metric, one bar a method."""
     methods = results["methods"]
-    protocols = list(dict.fromkeys(p for m in methods.values() for p, _ in protocols_of(m)))
+    protocols = list(dict.fromkeys(p for m in methods.values() for p in m["protocols"]))
     size = (1.8 + 0.38 * len(METRICS) * len(methods), 0.9 + 3 * len(protocols))
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     panels = figure.subplots(len(protocols), 1, squeeze=False)[:, 0]
     for axes, protocol in zip(panels, protocols, strict=True):
         for position, (name, method) in enumerate(methods.items()):
-            if protocol not in method:
+            if protocol not in method["protocols"]:
                 continue
-            values = [method[protocol][metric] for metric in METRICS]
+            values = [method["protocols"][protocol][metric] for metric in METRICS]
             places = [x for x, value in enumerate(values) if value is not None]
             offset = (position - (len(methods) - 1) / 2) / (len(methods) + 1)
             bars = axes.bar(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -13,26 +13,22 @@ NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad
 """No vertical lines, so that seven tasks fit into 80 columns."""
 
 
-def protocols_of(method: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The protocols that a method was evaluated with, each with its matrix and summary."""
-    for key, value in method.items():
-        if key not in ("seconds", "misaligned"):
-            yield key, value
-
-
 def misalignment(results: Mapping[str, Any]) -> str | None:
     """Of the methods that merge adapters: how much of an adapter had the opposite sign of the
     global one just before it was merged, as the mean over tasks. None if there is no such method.
     """
     shares = {
-        name: percent(100 * sum(method["misaligned"]) / len(method["misaligned"]))
+        name: [s["misaligned"] for s in method["sessions"] if s["misaligned"] is not None]
         for name, method in results["methods"].items()
-        if method.get("misaligned")
     }
-    if not shares:
+    means = [
+        f"{name} {percent(100 * sum(found) / len(found))} %"
+        for name, found in shares.items()
+        if found
+    ]
+    if not means:
         return None
-    every = ", ".join(f"{name} {share} %" for name, share in shares.items())
-    return f"weights misaligned with the global adapter before merging: {every}"
+    return f"weights misaligned with the global adapter before merging: {', '.join(means)}"
 
 
 def summary_table(results: Mapping[str, Any]) -> Table:
@@ -57,7 +53,8 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     ):
         table.add_column(column, justify="right")
     for name, method in results["methods"].items():
-        known, unknown = method.get("task-id", {}), method.get("agnostic", {})
+        protocols = method["protocols"]
+        known, unknown = protocols.get("task-id", {}), protocols.get("agnostic", {})
         table.add_row(
             name,
             *(percent(known.get(metric)) for metric in ("transfer", "average", "last", "bwt")),
@@ -76,7 +73,7 @@ def matrix_table(results: Mapping[str, Any], method: str, protocol: str) -> Tabl
     table.add_column("after learning")
     for task in tasks:
         table.add_column(task, justify="right")
-    for i, row in enumerate(results["methods"][method][protocol]["matrix"]):
+    for i, row in enumerate(results["methods"][method]["protocols"][protocol]["matrix"]):
         cells = [percent(value) for value in row]
         unseen = [f"[dim]{cell}" for cell in cells[i + 1 :]]
         table.add_row(tasks[i], *cells[: i + 1], *unseen)
