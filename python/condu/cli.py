@@ -1,5 +1,5 @@
-"""The command `condu`: demo, run, report, bench, doctor, and the commands of the modules
-`checkpoint_commands`, `state_commands`, `adapter_commands` and `data_commands`.
+"""The command `condu`: demo, run, bench, doctor, and the commands of the modules
+`checkpoint_commands`, `state_commands`, `adapter_commands`, `data_commands` and `report_commands`.
 
 `bench` and `doctor` work with the core dependencies alone, so everything heavy is imported inside
 the commands.
@@ -19,7 +19,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from condu import adapter_commands, checkpoint_commands, data_commands, state_commands
+from condu import (
+    adapter_commands,
+    checkpoint_commands,
+    data_commands,
+    report_commands,
+    state_commands,
+)
 from condu.terminal import EXTRA, Debug, complain, errors
 
 if TYPE_CHECKING:
@@ -35,6 +41,7 @@ app.add_typer(checkpoint_commands.app)
 app.add_typer(state_commands.app)
 app.add_typer(adapter_commands.app)
 app.add_typer(data_commands.app)
+app.add_typer(report_commands.app)
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the final table only.")]
 
@@ -97,29 +104,6 @@ def run(
 
         loaded = load_config(find_config(config))
         _run(loaded, out or Path("runs", config.stem), resume=resume, quiet=quiet)
-
-
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
-    debug: Debug = False,
-) -> None:
-    """Tables of a finished run, and pictures of it in RUN/report."""
-    with errors("report", debug):
-        from condu.report import matrix_table, misalignment, summary_table
-        from condu.report.plots import save_plots
-        from condu.runfolder import RunFolder
-
-        console = Console()
-        results = RunFolder(folder).load_results()
-        for name, method in results["methods"].items():
-            for protocol in method["protocols"]:
-                console.print(matrix_table(results, name, protocol))
-        console.print(summary_table(results))
-        if line := misalignment(results):
-            console.print(line, highlight=False)
-        for file in save_plots(results, folder / "report"):
-            console.print(str(file), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -126,11 +126,12 @@ class Experiment:
         no unified model."""
         found: dict[str, list[tuple[int, Spread]]] = {}
         for task in self.tasks:
-            values = self._by_session(
-                method,
-                lambda session, task=task: _facts(session, task).get(fact),
-            )
-            points = [(session, value) for session, value in values if value is not None]
+            points = []
+            for session in range(len(self.tasks)):
+                sessions = (run.results["methods"][method]["sessions"] for run in self.runs)
+                spread = Spread.of(_facts(each[session], task).get(fact) for each in sessions)
+                if spread is not None:
+                    points.append((session, spread))
             if points:
                 found[task] = points
         return found
@@ -139,15 +140,6 @@ class Experiment:
         self, method: str, read: Callable[[Mapping[str, Any]], float | None]
     ) -> Spread | None:
         return Spread.of(read(run.results["methods"][method]) for run in self.runs)
-
-    def _by_session(
-        self, method: str, read: Callable[[Mapping[str, Any]], float | None]
-    ) -> list[tuple[int, Spread | None]]:
-        count = len(self.first["methods"][method]["sessions"])
-        return [
-            (session, self._over(method, lambda found, at=session: read(found["sessions"][at])))
-            for session in range(count)
-        ]
 
 
 def _shares(votes: Sequence[Sequence[int]]) -> np.ndarray:
