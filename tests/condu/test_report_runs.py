@@ -81,10 +81,10 @@ def test_the_same_measurement_twice_is_refused(tmp_path: Path) -> None:
 def test_other_tasks_and_other_benchmarks_are_refused(tmp_path: Path) -> None:
     ours = run(tmp_path / "a")
     fewer = run(tmp_path / "b", tasks=TASKS[:2], seed=1)
-    with pytest.raises(ReportError, match="has tasks hues, tones, shapes, strokes, .*b has hues"):
+    with pytest.raises(ReportError, match=r"has tasks hues, tones, shapes, strokes, .*b has hues"):
         gather([ours, fewer])
     mtil = run(tmp_path / "c", benchmark="mtil", seed=1)
-    with pytest.raises(ReportError, match="has benchmark mini, .*c has mtil"):
+    with pytest.raises(ReportError, match=r"has benchmark mini, .*c has mtil"):
         gather([ours, mtil])
 
 

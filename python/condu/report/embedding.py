@@ -58,6 +58,9 @@ def feature_map(folder: Path, classes: Mapping[str, Sequence[str]]) -> FeatureMa
                 f"{file}: task {task!r} has {len(names)} classes, features {list(images.shape)} "
                 f"of {len(answers)} labels, and prototypes {list(centres.shape)}"
             )
+        if len(answers) and not 0 <= answers.min() <= answers.max() < len(names):
+            wrong = answers[(answers < 0) | (answers >= len(names))][0]
+            raise ValueError(f"{file}: task {task!r} has {len(names)} classes, but a label {wrong}")
         vectors += [images, centres]
         positions.append(np.full(len(images) + len(centres), position))
         labels += [answers, np.arange(len(centres))]

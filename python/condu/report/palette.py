@@ -14,7 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from condu.report.heatmaps import LEVELS
 from condu.report.panels import SHADES
 
-INKS = ("#10161b", "#ffffff")
+INKS = ("#000000", "#ffffff")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ LIGHT = Theme(
     },
     heat=ramp(("#f4f6f6", "#9cc3d8", "#3d85ae", "#0b3f63"), LEVELS),
     shades=ramp(("#3b1c72", "#0e7490", "#b87400"), SHADES),
-    hues=("#0072b2", "#c65a00", "#007d5a", "#a84a83", "#8a6d00", "#2aa0d8", "#333f48"),
+    hues=("#0072b2", "#c65a00", "#007d5a", "#a84a83", "#8a6d00", "#1f97ce", "#333f48"),
 )
 
 DARK = Theme(
