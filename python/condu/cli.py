@@ -194,7 +194,10 @@ def _run(config: RunConfig, out: Path, *, resume: bool = False, quiet: bool) -> 
     console.print(summary_table(results))
     if line := misalignment(results):
         console.print(line, highlight=False)
-    progress.line(f"numbers: {out / 'results.json'}; tables and pictures: condu report {out}")
+    progress.line(
+        f"numbers: {out / 'results.json'}; tables and pictures: condu report {out}; "
+        f"a page: condu report {out} -o report.html"
+    )
 
 
 def _free(folder: Path) -> Path:

@@ -141,6 +141,25 @@ def test_questions_have_no_classes_and_no_features(tmp_path: Path) -> None:
     assert "Tasks and classes" not in page
 
 
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_the_staircase_divides_seen_from_unseen(tmp_path: Path, tasks: int) -> None:
+    names = [f"task {n}" for n in range(tasks)]
+    found = results(tasks=names, methods=("zero_shot",), protocols=("task-id",))
+    reader = Reader(written(tmp_path, found, features=None))
+    cells = [
+        (attributes["class"] or "").split() for tag, attributes in reader.tags
+        if tag == "td" and (attributes.get("class") or "").startswith("h")
+    ]  # fmt: skip
+    rows = [cells[start : start + tasks] for start in range(0, len(cells), tasks)]
+    assert len(rows) == tasks
+    for session, row in enumerate(rows):
+        for task, classes in enumerate(row):
+            last = session == tasks - 1
+            assert ("unseen" in classes) == (task > session)
+            assert ("step-right" in classes) == (task == session and not last)
+            assert ("step-below" in classes) == (task == session + 1)
+
+
 def test_published_rows_are_apart_from_measured_ones(tmp_path: Path) -> None:
     found = results(benchmark="mtil", tasks=ORDERS["I"], methods=("zero_shot", "condu"))
     page = written(tmp_path, found, features=None)

@@ -87,12 +87,13 @@ def _protocol_part(
             _accuracy_curves(experiment, method, protocol),
             _percent,
             tasks=experiment.tasks,
-            low=0,
             high=100,
         )
         for experiment, method in pairs
     )
-    votes = (vote_matrix(experiment, method, protocol) for experiment, method in pairs)
+    # with the task given, every data set is answered by its own expert in the end
+    voters = [] if protocol == "task-id" else pairs
+    votes = (vote_matrix(experiment, method, protocol) for experiment, method in voters)
     return ProtocolPart(
         name=protocol,
         rows=rows,
@@ -123,13 +124,13 @@ def _fusion_part(experiment: Experiment, method: str) -> FusionPart:
     }
     triggers, reconstruction = (
         [
-            line_panel(title, experiment.fused(method, fact), _digits, tasks=tasks, low=0, high=1)
+            line_panel(title, experiment.fused(method, fact), _digits, tasks=tasks, high=1)
             for fact, title in titles.items()
         ]
         for titles in (TRIGGERS, RECONSTRUCTION)
     )
     reconstruction.append(
-        line_panel(f"accuracy ({protocol}), %", joined, _percent, tasks=tasks, low=0, high=100)
+        line_panel(f"accuracy ({protocol}), %", joined, _percent, tasks=tasks, high=100)
     )
     return FusionPart(
         experiment.title(method),

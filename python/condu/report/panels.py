@@ -29,7 +29,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Axis:
-    """Values from `low` to `high` between two places of the panel, with round ticks."""
+    """Values from `low` to `high` between two places of the panel."""
 
     low: float
     high: float
@@ -38,13 +38,6 @@ class Axis:
 
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    def ticks(self, count: int = 5, *, integers: bool = False) -> list[Tick]:
-        locator = MaxNLocator(count, integer=integers, min_n_ticks=1)
-        values = [float(v) for v in locator.tick_values(self.low, self.high)]
-        slack = 1e-9 * (self.high - self.low)
-        inside = [v for v in values if self.low - slack <= v <= self.high + slack]
-        return [Tick(self(value), f"{value:.10g}") for value in inside]
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,7 @@ def bar_panel(
         )
         for position, (name, spread) in enumerate(measured.items())
     ]
-    grid = [tick.at for tick in axis.ticks(4)]
+    grid = [axis(value) for value in _round_values(0, high) if value <= high]
     return BarPanel(title, bars, grid, start, top + row * len(bars) + 4)
 
 
@@ -137,23 +130,19 @@ def line_panel(
     number: Number,
     *,
     tasks: Sequence[str],
-    low: float | None = None,
-    high: float | None = None,
+    high: float,
 ) -> LinePanel | None:
     """One line for each task in `series`, whose sessions are counted from 0; it is dashed before
-    the session that learnt the task. `low` and `high` are what the axis has to reach. None if there
-    is no point."""
+    the session that learnt the task. The axis goes from 0 to `high`, or as far as the points
+    do. None if there is no point."""
     means = [spread.mean for points in series.values() for _, spread in points]
     if not means:
         return None
-    bounds = [*means, *(bound for bound in (low, high) if bound is not None)]
-    least, greatest = min(bounds), max(bounds)
-    if least == greatest:
-        least, greatest = least - 0.5, greatest + 0.5
     frame = LinePanel(title, [], [], [])
     sessions = max(len(tasks), 2)
     x = Axis(1, sessions, frame.left + 8, frame.right - 8)
-    y = Axis(least, greatest, frame.bottom, frame.top)
+    marks = _round_values(min(0, *means), max(high, *means))
+    y = Axis(marks[0], marks[-1], frame.bottom, frame.top)
     lines = []
     for name, points in series.items():
         learnt = tasks.index(name)
@@ -173,12 +162,23 @@ def line_panel(
                 [dot for session, dot in dots.items() if session >= learnt],
             )
         )
-    return LinePanel(title, lines, x.ticks(8, integers=True), y.ticks(5))
+    whole = [n for n in _round_values(1, sessions, integer=True) if 1 <= n <= len(tasks)]
+    return LinePanel(title, lines, _ticks(x, whole), _ticks(y, marks))
 
 
 def shade(position: int, count: int) -> int:
     """Which of the shades a task has."""
     return round(position / max(count - 1, 1) * (SHADES - 1))
+
+
+def _round_values(low: float, high: float, *, integer: bool = False) -> list[float]:
+    """Round numbers at even distances from `low` or below to `high` or above."""
+    locator = MaxNLocator(8 if integer else 5, integer=integer)
+    return [float(value) for value in locator.tick_values(low, high)]
+
+
+def _ticks(axis: Axis, values: Sequence[float]) -> list[Tick]:
+    return [Tick(axis(value), f"{value:.10g}") for value in values]
 
 
 def _sessions(count: int) -> str:

@@ -68,9 +68,11 @@ function show(mark, x, y) {
 }
 const hide = () => tip.classList.remove("shown");
 
+const markAt = (x, y) => document.elementFromPoint(x, y)?.closest(MARKS);
+let pointer = { x: 0, y: 0, mark: null };
 document.addEventListener("pointerover", (event) => {
-  const mark = event.target.closest(MARKS);
-  if (mark) show(mark, event.clientX, event.clientY);
+  pointer = { x: event.clientX, y: event.clientY, mark: event.target.closest(MARKS) };
+  if (pointer.mark) show(pointer.mark, pointer.x, pointer.y);
   else hide();
 });
 
@@ -104,7 +106,9 @@ for (const figure of document.querySelectorAll(".explore")) {
   figure.addEventListener("blur", leave);
 }
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
-document.addEventListener("scroll", () => { if (!current) hide(); }, { passive: true });
+document.addEventListener("scroll", () => {
+  if (!current && markAt(pointer.x, pointer.y) !== pointer.mark) hide();
+}, { passive: true, capture: true });
 
 // Paper shows everything.
 addEventListener("beforeprint", () => {
