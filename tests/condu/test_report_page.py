@@ -171,6 +171,23 @@ def test_published_rows_are_apart_from_measured_ones(tmp_path: Path) -> None:
     assert len(apart) == 1  # beside the runs, so not again for context
     assert apart[0].startswith(' class="published"')
     assert "not measured here" in apart[0]
+    assert "(voting code, rescale tensor_mean); the runs here have voting paper" in page
+
+
+def test_what_differs_between_configurations_is_said(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / "-".join(methods), results(methods=methods), features=None)
+        for methods in (("zero_shot", "condu"), ("zero_shot",))
+    ]
+    write_page(folders, tmp_path / "report.html")
+    texts = Reader((tmp_path / "report.html").read_text()).texts
+    assert texts.count("zero_shot · A") > 0
+    assert texts.count("zero_shot · B") > 0
+    at = texts.index("methods", texts.index("what differs"))
+    assert [text for text in texts[at : at + 5] if text.strip()][1:3] == [
+        "zero_shot, condu",
+        "zero_shot",
+    ]
 
 
 def test_of_other_benchmarks_published_numbers_are_context(tmp_path: Path) -> None:
@@ -179,6 +196,7 @@ def test_of_other_benchmarks_published_numbers_are_context(tmp_path: Path) -> No
     assert "DPeCLIP" not in summary
     assert "not comparable with the numbers above" in context
     assert "DPeCLIP" in context
+    assert "the runs here have voting paper, rescale global" in context
 
 
 def test_a_report_of_everything_stays_small(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -45,15 +46,22 @@ def at_a_glance(experiments: Sequence[Experiment]) -> dict[str, str]:
     }
 
 
+def varying(settings: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
+    """Values of a configuration as words."""
+    return {
+        key: [", ".join(map(str, v)) if isinstance(v, list) else str(v) for v in values]
+        for key, values in settings.items()
+    }
+
+
 def published_note(experiments: Sequence[Experiment]) -> str:
     """With which choices the authors' numbers presumably came about, and those of these runs."""
-    chosen = dict.fromkeys(
-        f"voting {configuration['voting']['preset']}, rescale {configuration['fusion']['rescale']}"
-        for configuration in (experiment.first["configuration"] for experiment in experiments)
-    )
+    settings = [experiment.first["configuration"] for experiment in experiments]
+    chosen = dict.fromkeys((s["voting"]["preset"], s["fusion"]["rescale"]) for s in settings)
+    here = "; ".join(f"voting {preset}, rescale {rescale}" for preset, rescale in chosen)
     return (
-        "ConDU's presumably come from the authors' code, which votes as the preset code does and "
-        f"rescales as tensor_mean does; here it is {'; '.join(chosen)}."
+        "The rows of ConDU presumably come from the authors' code (voting code, rescale "
+        f"tensor_mean); the runs here have {here}."
     )
 
 
