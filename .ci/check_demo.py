@@ -57,6 +57,9 @@ def main() -> None:
     plots = sorted((run / "report").glob("*.png"))
     assert len(plots) >= len(results["methods"]) + 1, plots
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.rstrip().endswith("</html>")
+    assert all(name in page for name in (*tasks, *results["methods"]))
     print(f"{run}: {len(plots)} plots and every other file are as they should be")
 
 

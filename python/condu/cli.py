@@ -1,7 +1,5 @@
-"""The command `condu`: demo, run, report, bench, doctor, and the commands of the modules
-`checkpoint_commands`, `state_commands`, `adapter_commands`, `data_commands` and
-`ablation_commands`.
-`checkpoint_commands`, `state_commands`, `adapter_commands`, `data_commands` and `theory_commands`.
+"""The command `condu`: demo, run, bench, doctor, and the commands of the modules named
+`*_commands`.
 
 `bench` and `doctor` work with the core dependencies alone, so everything heavy is imported inside
 the commands.
@@ -26,6 +24,7 @@ from condu import (
     adapter_commands,
     checkpoint_commands,
     data_commands,
+    report_commands,
     state_commands,
     theory_commands,
 )
@@ -44,6 +43,7 @@ app.add_typer(checkpoint_commands.app)
 app.add_typer(state_commands.app)
 app.add_typer(adapter_commands.app)
 app.add_typer(data_commands.app)
+app.add_typer(report_commands.app)
 app.add_typer(ablation_commands.app)
 app.add_typer(theory_commands.app)
 
@@ -109,29 +109,6 @@ def run(
 
         loaded = load_config(find_config(config))
         _run(loaded, out or Path("runs", config.stem), resume=resume, quiet=quiet)
-
-
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
-    debug: Debug = False,
-) -> None:
-    """Tables of a finished run, and pictures of it in RUN/report."""
-    with errors("report", debug):
-        from condu.report import matrix_table, misalignment, summary_table
-        from condu.report.plots import save_plots
-        from condu.runfolder import RunFolder
-
-        console = Console()
-        results = RunFolder(folder).load_results()
-        for name, method in results["methods"].items():
-            for protocol in method["protocols"]:
-                console.print(matrix_table(results, name, protocol))
-        console.print(summary_table(results))
-        if line := misalignment(results):
-            console.print(line, highlight=False)
-        for file in save_plots(results, folder / "report"):
-            console.print(str(file), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -222,7 +199,10 @@ def _run(config: RunConfig, out: Path, *, resume: bool = False, quiet: bool) -> 
     console.print(summary_table(results))
     if line := misalignment(results):
         console.print(line, highlight=False)
-    progress.line(f"numbers: {out / 'results.json'}; tables and pictures: condu report {out}")
+    progress.line(
+        f"numbers: {out / 'results.json'}; tables and pictures: condu report {out}; "
+        f"a page: condu report {out} -o report.html"
+    )
 
 
 def _free(folder: Path) -> Path:

@@ -32,8 +32,8 @@ from condu_ext import FusionRule
 
 ON_DISK = ("mtil", "folders")
 """Benchmarks whose images are in files."""
-# keys that change no number of a run
-_WITHOUT_EFFECT = ("benchmark.root", "benchmark.download", "evaluation.cache", "trackers")
+WITHOUT_EFFECT = ("benchmark.root", "benchmark.download", "evaluation.cache", "trackers")
+"""Keys that change no number of a run."""
 
 
 class ConfigError(ValueError):
@@ -362,7 +362,7 @@ def difference(old: RunConfig, new: RunConfig) -> str | None:
     values = dict(leaves(old.model_dump(mode="json")))
     others = dict(leaves(new.model_dump(mode="json")))
     for key in values | others:
-        if values.get(key) != others.get(key) and key not in _WITHOUT_EFFECT:
+        if values.get(key) != others.get(key) and key not in WITHOUT_EFFECT:
             return f"{key} was {values.get(key)!r} and is now {others.get(key)!r}"
     return None
 

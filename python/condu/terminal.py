@@ -19,6 +19,7 @@ EXTRA = {
     "pydantic": "pydantic",
     "scipy": "scipy",
     "sklearn": "scikit-learn",
+    "threadpoolctl": "threadpoolctl",
     "torchvision": "torchvision",
     "transformers": "transformers",
     "yaml": "pyyaml",

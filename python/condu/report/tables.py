@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 UNDEFINED = "–"
@@ -72,11 +73,11 @@ def matrix_table(results: Mapping[str, Any], method: str, protocol: str) -> Tabl
     table = Table(title=f"{method}, {protocol} (%)", **NARROW)
     table.add_column("after learning")
     for task in tasks:
-        table.add_column(task, justify="right")
+        table.add_column(escape(task), justify="right")
     for i, row in enumerate(results["methods"][method]["protocols"][protocol]["matrix"]):
         cells = [percent(value) for value in row]
         unseen = [f"[dim]{cell}" for cell in cells[i + 1 :]]
-        table.add_row(tasks[i], *cells[: i + 1], *unseen)
+        table.add_row(escape(tasks[i]), *cells[: i + 1], *unseen)
     return table
 
 

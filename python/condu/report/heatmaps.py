@@ -1,0 +1,89 @@
+"""Square tables of percentages whose cells are coloured by their value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from condu.report.experiment import Experiment
+from condu.report.tables import percent
+
+LEVELS = 51
+"""Colours from 0 to the greatest value; the page's style gives each its own."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`level` is the colour, from 0 to LEVELS - 1; `note` is what the tip adds to the value."""
+
+    text: str
+    level: int
+    note: str = ""
+    unseen: bool = False
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """`tip` is a sentence with the places {value}, {row} and {column}."""
+
+    title: str
+    subtitle: str
+    corner: str
+    tip: str
+    columns: Sequence[str]
+    rows: list[tuple[str, list[Cell]]]
+
+
+def accuracy_matrix(experiment: Experiment, method: str, protocol: str) -> HeatMap:
+    """Accuracy on each data set (columns) after each session (rows), the mean over the seeds."""
+    tasks = experiment.tasks
+    rows = []
+    for session, learnt in enumerate(tasks):
+        cells = []
+        for task in range(len(tasks)):
+            spread = experiment.accuracy(method, protocol, session, task)
+            notes = [f"({spread.range(percent)})"] * spread.varies
+            unseen = task > session
+            notes += ["not learnt yet"] * unseen
+            cells.append(
+                Cell(percent(spread.mean), _level(spread.mean, 100), " ".join(notes), unseen)
+            )
+        rows.append((learnt, cells))
+    summary = (
+        (name, experiment.metric(method, protocol, name))
+        for name in ("transfer", "average", "last")
+    )
+    return HeatMap(
+        title=experiment.title(method),
+        subtitle=" · ".join(
+            f"{name.capitalize()} {percent(spread.mean)}" for name, spread in summary if spread
+        ),
+        corner="after ↓ on →",
+        tip="{value} % on {column} after learning {row}",
+        columns=tasks,
+        rows=rows,
+    )
+
+
+def vote_matrix(experiment: Experiment, method: str, protocol: str) -> HeatMap | None:
+    """Which experts (columns) answered the images of each data set (rows) in the end; None of a
+    method that does not vote."""
+    shares = experiment.votes(method, protocol)
+    if shares is None:
+        return None
+    greatest = max(share for row in shares for share in row)
+    return HeatMap(
+        title=experiment.title(method),
+        subtitle="share of a data set's votes, %",
+        corner="images of ↓ expert →",
+        tip="{value} % of the votes of {row} went to {column}",
+        columns=(*experiment.tasks, "pretrained"),
+        rows=[
+            (task, [Cell(percent(share), _level(share, greatest)) for share in row])
+            for task, row in zip(experiment.tasks, shares, strict=True)
+        ],
+    )
+
+
+def _level(value: float, greatest: float) -> int:
+    return round(value / (greatest or 1.0) * (LEVELS - 1))
