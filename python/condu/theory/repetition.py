@@ -25,8 +25,8 @@ RESOLUTION = 2.0**-23
 class Repetition:
     """What repeating did to the deltas of some tasks.
 
-    changes: Σ‖d' − d‖₁ / Σ‖d‖₁ over the tasks, in each iteration; the first one unifies the deltas
-        as they were given.
+    changes: Σ‖d' − d‖₁ over the tasks in each iteration, of the Σ‖d‖₁ that were given and that
+        decoupling keeps; the first iteration unifies the deltas as they were given.
     swaps: pairs of tasks whose λ changed their order, by the iteration (from 2 on), where any did.
     mask_flips: mask bits of the last iteration that differ from the first one's.
     pairs, meeting: pairs of tasks, and those whose masks share an element after the first one.
@@ -74,6 +74,7 @@ def repeat(
     if iterations < 1:
         raise ValueError(f"iterations: must be at least 1, got {iterations}")
     current = {deltas.names[i]: {NAME: deltas[i]} for i in range(tasks)}
+    norm = sum(l1(tensors[NAME]) for tensors in current.values())
     changes: list[float] = []
     rescalers: list[np.ndarray] = []
     while len(changes) < iterations and (not changes or changes[-1] > RESOLUTION):
@@ -81,7 +82,8 @@ def repeat(
         rescalers.append(rescalers_of(state))
         if not changes:
             first_masks = packed_masks(state)
-        changes.append(_decouple_all(state, current))
+        change = _decouple_all(state, current)
+        changes.append(change / norm if norm else 0.0)
         advance(1)
     swaps = {k: swapped(a, b) for k, (a, b) in enumerate(pairwise(rescalers), start=2)}
     overlaps = [_overlap(a, b) for a, b in combinations(first_masks, 2)]
@@ -116,13 +118,12 @@ def swapped(before: np.ndarray, after: np.ndarray) -> int:
 
 
 def _decouple_all(state: cx.UnifiedDelta, current: dict[str, dict[str, Tensor]]) -> float:
-    """Put the decoupled deltas in the place of the current ones; returns the relative change."""
-    change = norm = 0.0
+    """Put the decoupled deltas in the place of the current ones; returns Σ‖d' − d‖₁."""
+    change = 0.0
     for task, tensors in current.items():
         old, tensors[NAME] = tensors[NAME], cx.decouple(state, task, None)[NAME]
-        norm += l1(old)
         change += l1(old.sub_(tensors[NAME]))
-    return change / norm if norm else 0.0
+    return change
 
 
 def l1(vector: Tensor) -> float:
