@@ -12,7 +12,7 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -25,12 +25,13 @@ from pydantic import (
     model_validator,
 )
 
-from condu.evaluation import Protocol
+from condu.labels import Protocol
 from condu.tasks.mtil import ORDERS
 from condu.voting import SemanticVoting
 from condu_ext import FusionRule
 
-PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+ON_DISK = ("mtil", "folders")
+"""Benchmarks whose images are in files."""
 WITHOUT_EFFECT = ("benchmark.root", "benchmark.download", "evaluation.cache", "trackers")
 """Keys that change no number of a run."""
 
@@ -46,10 +47,10 @@ class _Section(BaseModel):
 class BenchmarkConfig(_Section):
     """Which tasks, in which order. `tasks` keeps only the first n of the order.
 
-    For `mtil`, whose images are on disk: `root`, the folder of its data sets; `download`, whether
-    to fetch what is missing there; `shots`, training images of each class (None: all), drawn with
-    `seed`; `workers`, processes that decode (None: 4), whose number changes the random crops. Its
-    `order` may be I or II too, and is then read as that list.
+    For `mtil` and `folders`, whose images are on disk: `root`, the folder of the data sets;
+    `shots`, training images of each class (None: all), drawn with `seed`; `workers`, processes
+    that decode (None: 4), whose number changes the random crops. For `mtil` also `download`,
+    whether to fetch what is missing; its `order` may be I or II too, and is then read as that list.
     """
 
     name: str = "mini"
@@ -72,14 +73,18 @@ class BenchmarkConfig(_Section):
 
     @model_validator(mode="after")
     def _where_images_are(self) -> BenchmarkConfig:
-        if self.name == "mtil":
-            if self.root is None:
-                raise ValueError("'mtil' needs root, the folder of its data sets")
-            return self
-        for key in ("root", "shots", "download", "workers"):
+        if self.name in ON_DISK and self.root is None:
+            raise ValueError(f"{self.name!r} needs root, the folder of its data sets")
+        for key, which in (
+            ("root", ON_DISK),
+            ("shots", ON_DISK),
+            ("workers", ON_DISK),
+            ("download", ("mtil",)),
+        ):
             given = getattr(self, key)
-            if given != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is for 'mtil' only, got {given!r} for {self.name!r}")
+            if self.name not in which and given != type(self).model_fields[key].default:
+                only = " and ".join(repr(name) for name in which)
+                raise ValueError(f"{key} is for {only} only, got {given!r} for {self.name!r}")
         return self
 
 
@@ -209,6 +214,13 @@ class TaskArithmeticConfig(_Section):
     scale: float = Field(default=0.3, gt=0)
 
 
+class DpeclipIdConfig(_Section):
+    """`answers`: who answers for the task that the prototypes name, its expert or the pretrained
+    model."""
+
+    answers: Literal["experts", "zero_shot"] = "experts"
+
+
 class FusionConfig(_Section):
     """How delta models are unified, see `condu_ext.FusionRule`, and the unified model's dtype."""
 
@@ -252,7 +264,7 @@ class RunConfig(_Section):
     methods: tuple[str, ...] = Field(
         default=("zero_shot", "individual", "sequential", "condu"), min_length=1
     )
-    protocols: tuple[Protocol, ...] = Field(default=PROTOCOLS, min_length=1)
+    protocols: tuple[Protocol, ...] = Field(default=("task-id", "agnostic"), min_length=1)
     training: TrainingConfig = TrainingConfig()
     lora: LoraConfig = LoraConfig()
     pam: PamConfig = PamConfig()
@@ -261,6 +273,7 @@ class RunConfig(_Section):
     zscl: ZsclConfig = ZsclConfig()
     rail: RailConfig = RailConfig()
     task_arithmetic: TaskArithmeticConfig = TaskArithmeticConfig()
+    dpeclip_id: DpeclipIdConfig = DpeclipIdConfig()
     fusion: FusionConfig = FusionConfig()
     voting: VotingConfig = VotingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -15,7 +15,9 @@ from rich.table import Table
 from condu.terminal import Debug, errors
 
 if TYPE_CHECKING:
-    from condu.tasks.mtil.check import Finding
+    from condu.tasks.finding import Finding
+
+SIZES = ("classes", "train", "test")
 
 app = typer.Typer()
 data = typer.Typer(help="Data sets of benchmarks on disk.", no_args_is_help=True)
@@ -25,7 +27,7 @@ app.add_typer(data, name="data")
 @data.command("check")
 def check_data(
     root: Annotated[Path, typer.Argument(help="Folder that holds the data sets.")],
-    benchmark: Annotated[str, typer.Option(help="mtil.")] = "mtil",
+    benchmark: Annotated[str, typer.Option(help="mtil or folders.")] = "mtil",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything as one JSON object.")
     ] = False,
@@ -36,14 +38,10 @@ def check_data(
     Ends with status 0 if all is there, 1 if something is missing or wrong.
     """
     with errors("data check", debug):
-        if benchmark != "mtil":
-            raise ValueError(f"--benchmark: no data on disk belongs to {benchmark!r}, only to mtil")
-        from condu.tasks.mtil.check import check
-
         folder = root.expanduser()
         if not folder.is_dir():
             raise NotADirectoryError(f"{folder} is not a folder")
-        findings = check(folder)
+        findings = _look(benchmark, folder)
         complete = all(finding.state == "complete" for finding in findings)
         if as_json:
             facts = {"benchmark": benchmark, "root": str(folder), "complete": complete}
@@ -53,6 +51,18 @@ def check_data(
             _print(benchmark, findings)
         if not complete:
             raise typer.Exit(1)
+
+
+def _look(benchmark: str, folder: Path) -> list[Finding]:
+    if benchmark == "mtil":
+        from condu.tasks.mtil.check import check
+
+        return check(folder)
+    if benchmark == "folders":
+        from condu.tasks.folders import check_folders
+
+        return check_folders(folder)
+    raise ValueError(f"--benchmark: must be mtil or folders, got {benchmark!r}")
 
 
 def _print(benchmark: str, findings: list[Finding]) -> None:
@@ -78,16 +88,17 @@ def _advice(findings: list[Finding]) -> Iterator[str]:
 
 
 def _table(title: str, findings: list[Finding]) -> Table:
-    from condu.report.tables import NARROW
+    from condu.report.tables import NARROW, UNDEFINED
 
-    table = Table(title=title, caption="found / expected", **NARROW)
+    expects = any(finding.expected for finding in findings)
+    table = Table(title=title, caption="found / expected" if expects else None, **NARROW)
     table.add_column("data set", no_wrap=True)
     for column in ("classes", "training", "test"):
         table.add_column(column, justify="right")
     table.add_column("state")
     for finding in findings:
-        expected = asdict(finding.expected)
-        found = asdict(finding.found) if finding.found else dict.fromkeys(expected, "–")
-        cells = (f"{found[key]} / {expected[key]}" for key in expected)
+        found = asdict(finding.found) if finding.found else dict.fromkeys(SIZES, UNDEFINED)
+        expected = asdict(finding.expected) if finding.expected else {}
+        cells = (f"{found[k]} / {expected[k]}" if expected else str(found[k]) for k in SIZES)
         table.add_row(finding.name, *cells, finding.state)
     return table

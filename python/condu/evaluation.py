@@ -1,33 +1,31 @@
-"""Accuracy of a live CLIP model, and of the experts behind a unified model, on the datasets of a
-benchmark.
+"""Accuracy of a live CLIP model, and of the experts behind a unified model, on the data sets of a
+benchmark, under the protocols of `condu.labels`.
 
-One fused pass answers every dataset and both protocols at once. Images are grouped by the experts
-that were voted for, so each expert's weights are decoupled once per pass, its text head is computed
-once per label set, and no expert sees an image that did not vote for it. What depends on the
-pretrained model alone is computed once and kept.
-
-- ``task-id``: the dataset is known. Seen task: its own expert; unseen task: voting.
-- ``agnostic``: only the label set of the dataset is known; voting chooses the experts for every
-  dataset.
+What depends on the pretrained model alone is computed once and kept. Where the data set is known
+(``task-id``) and was learnt, its own expert answers it; in every other case voting chooses.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset
 
+from condu.ballots import percent_right
+from condu.decoded import DecodedTests, not_empty
+from condu.expert_pass import ExpertPass
 from condu.features import encode_images, mean_text_features, prompt_tokens, zero_shot_head
+from condu.labels import Protocol, label_set
 from condu.progress import RunProgress
 from condu.prototypes import PrototypeSet
-from condu.voting import PRETRAINED, SemanticVoting, Votes
+from condu.voting import SemanticVoting
 
 if TYPE_CHECKING:
     from condu.feature_cache import FeatureCache
@@ -36,9 +34,7 @@ if TYPE_CHECKING:
     from condu.models.clip import ClipModel
     from condu.tasks.benchmark import Benchmark, Task, TransformedDataset
 
-__all__ = ["Evaluator", "Protocol", "Row", "zero_shot_head"]
-
-Protocol = Literal["task-id", "agnostic"]
+__all__ = ["Evaluator", "FrozenAnswers", "Protocol", "Row", "zero_shot_head"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,24 @@ class Row:
 
     accuracy: list[float]
     votes: list[list[int]] | None = None
+
+
+@dataclass(frozen=True)
+class FrozenAnswers:
+    """The pretrained model on one test set: normalised features float32 [N, D], labels int64 [N],
+    logits float32 [N, classes], all on the CPU."""
+
+    features: Tensor
+    labels: Tensor
+    logits: Tensor
+
+    def accuracy(self) -> float:
+        """Percent of the images that the pretrained model classifies right."""
+        return percent_right(self.logits, self.labels)
+
+
+Heads = dict[str, Tensor]
+"""Text heads [classes, D] by task, all under the same weights."""
 
 
 class Evaluator:
@@ -80,154 +94,171 @@ class Evaluator:
         self.benchmark = benchmark
         self._batch_size = batch_size
         self._num_workers = num_workers
-        self._cache_bytes = cache_bytes
         self._autocast = autocast
         self.cache: FeatureCache | None = None
         self.progress = RunProgress()  # which shows nothing
-        self._tests: dict[str, Dataset[Any]] = {}
+        self._tests = DecodedTests(
+            clip.test_transform, cache_bytes=cache_bytes, num_workers=num_workers
+        )
         self._tokens: dict[str, Tensor] = {}
         self._frozen: dict[str, FrozenAnswers] = {}
+        self._frozen_heads: Heads = {}
 
     def over(self, clip: ClipModel) -> Evaluator:
         """The same over another live model, sharing what was read and computed already. At θ_0 the
-        other model must compute what this one does, as one with fresh adapters does.
-        """
+        other model must compute what this one does, as one with fresh adapters does."""
         other = copy.copy(self)
         other.clip = clip
         return other
 
     def accuracy(self, task: Task) -> float:
-        """Percent of the task's test images that the live weights, whatever they are, classify
-        right among its classes.
-        """
-        features, labels = self._encode(self._test_set(task))
-        return _percent_right(self._logits(features, task), labels)
+        """Percent of the task's test images that the live weights classify right among its
+        classes."""
+        features, labels = self.test_features(task)
+        return percent_right(self.logits(features, (task,), {}), labels)
 
     def accuracies(self) -> list[float]:
         """``accuracy`` on every dataset of the benchmark, in its order."""
         return [self.accuracy(task) for task in self.benchmark]
 
-    def add_prototypes(self, prototypes: PrototypeSet, task: Task, fusion: ConDU) -> None:
+    def rows(self, seen: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
+        """The row of each protocol, after the first ``seen`` tasks of the benchmark, where the live
+        weights, whatever they are, answer everything. Images and prompts are encoded once."""
+        return self._rows(seen, protocols, self.test_features, {})
+
+    def frozen_rows(self, seen: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
+        """``rows`` of the pretrained model, of which nothing is encoded twice; the first call needs
+        it to be live."""
+
+        def encoded(task: Task) -> tuple[Tensor, Tensor]:
+            frozen = self.frozen_answers(task)
+            return frozen.features, frozen.labels
+
+        return self._rows(seen, protocols, encoded, self._frozen_heads)
+
+    def _rows(
+        self,
+        seen: int,
+        protocols: Sequence[Protocol],
+        encoded: Callable[[Task], tuple[Tensor, Tensor]],
+        heads: Heads,
+    ) -> dict[Protocol, Row]:
+        tasks = self.benchmark.tasks
+        learned = [task.name for task in tasks[:seen]]
+        rows: dict[Protocol, Row] = {protocol: Row([]) for protocol in protocols}
+        for task in tasks:
+            features, truth = encoded(task)
+            found: dict[tuple[str, ...], float] = {}
+            for protocol, row in rows.items():
+                labels = label_set(protocol, task, tasks, learned)
+                if labels.names not in found:
+                    logits = self.logits(features, labels.tasks, heads)
+                    found[labels.names] = percent_right(logits, truth + labels.first)
+                row.accuracy.append(found[labels.names])
+        return rows
+
+    def add_prototypes(
+        self, prototypes: PrototypeSet, task: Task, fusion: ConDU | None = None
+    ) -> None:
         """Add the prototypes of a task from its training images (through the test transform) and
         all its templates.
 
-        Puts the model at θ_0 first, so absorb fine-tuned weights before.
+        Puts the model of ``fusion`` at θ_0 first, so absorb fine-tuned weights before; without one
+        the model has to be there.
         """
-        fusion.reset()
+        if fusion is not None:
+            fusion.reset()
         features, labels = self.train_features(task)
         prototypes.add(task.name, features, labels, self._kept_text(task))
 
     def train_features(self, task: Task) -> tuple[Tensor, Tensor]:
         """Normalised features float32 [M, D] and labels int64 [M] of a task's training images
-        (through the test transform) under the live weights.
-        """
-        train = _not_empty(task.dataset("train", self.clip.test_transform), task, "train")
+        (through the test transform) under the live weights."""
+        train = not_empty(task.dataset("train", self.clip.test_transform), task, "train")
         return self._kept_features(train, train)
 
     def agnostic_accuracy(
         self, task: Task, fusion: ConDU, prototypes: PrototypeSet, voting: SemanticVoting
     ) -> float:
         """Accuracy in percent on one dataset, experts by voting. For several datasets
-        ``fused_rows`` is the cheaper call.
-        """
+        ``fused_rows`` is the cheaper call."""
         rows = self.fused_rows(fusion, prototypes, voting, protocols=("agnostic",), tasks=(task,))
         return rows["agnostic"].accuracy[0]
 
     def fused_rows(
         self,
-        fusion: ConDU,
+        fusion: ConDU | None,
         prototypes: PrototypeSet,
         voting: SemanticVoting,
         *,
         protocols: Sequence[Protocol] = ("task-id", "agnostic"),
         tasks: Sequence[Task] | None = None,
+        own_classes: bool = False,
     ) -> dict[Protocol, Row]:
         """The row of each protocol over ``tasks`` (default: the whole benchmark), all in one pass
-        over the experts.
+        over the experts. The tasks of ``prototypes`` are those learnt so far.
+
+        Without ``fusion`` the pretrained model, which must be live, answers in the place of all
+        experts. With ``own_classes`` an expert that answers a union of classes chooses among those
+        of its own task (see `condu.ballots.Ballot`).
 
         Puts the model at θ_0 first and again at the end, also after an error. Raises ValueError for
         an unknown protocol, an empty test set, and when the tasks with prototypes are not the tasks
-        with experts.
+        with experts, or, where their classes are needed, not tasks of the benchmark.
         """
-        for protocol in protocols:
-            if protocol not in get_args(Protocol):
-                raise ValueError(f"protocol must be one of {get_args(Protocol)}, got {protocol!r}")
-        if set(prototypes.tasks) != set(fusion.tasks):
+        if fusion is not None and set(prototypes.tasks) != set(fusion.tasks):
             raise ValueError(
                 f"prototypes of tasks {list(prototypes.tasks)} but experts of {list(fusion.tasks)}"
             )
-        fusion.reset()
-        datasets = tuple(self.benchmark) if tasks is None else tuple(tasks)
-        # both protocols vote on an unseen dataset: the same ballot, answered once
-        ballots: dict[tuple[str, bool], _Ballot] = {}
-        for protocol in protocols:
-            for task in datasets:
-                key = _ballot_key(protocol, task, prototypes)
-                if key not in ballots:
-                    ballots[key] = self._ballot(task, key[1], prototypes, voting)
-        try:
-            for expert in (PRETRAINED, *range(len(prototypes))):
-                self._answer(expert, ballots.values(), fusion, prototypes)
-        finally:
+        experts = ExpertPass(self, fusion, prototypes, voting, own_classes)
+        if fusion is not None:
             fusion.reset()
-        rows: dict[Protocol, Row] = {}
-        for protocol in protocols:
-            row = [ballots[_ballot_key(protocol, task, prototypes)] for task in datasets]
-            rows[protocol] = Row(
+        try:
+            ballots = experts.ballots(self.benchmark if tasks is None else tasks, protocols)
+            experts.answer(ballot for row in ballots.values() for ballot in row)
+        finally:
+            if fusion is not None:
+                fusion.reset()
+        return {
+            protocol: Row(
                 [ballot.accuracy() for ballot in row],
                 [ballot.turnout(len(prototypes)) for ballot in row],
             )
-        return rows
+            for protocol, row in ballots.items()
+        }
 
-    def _ballot(
-        self, task: Task, own: bool, prototypes: PrototypeSet, voting: SemanticVoting
-    ) -> _Ballot:
-        frozen = self.frozen_answers(task)
-        if own:
-            expert = prototypes.tasks.index(task.name)
-            shape = (len(frozen.features), 1)
-            votes = Votes(torch.full(shape, expert), torch.ones(shape))
-        else:
-            votes = voting.vote(frozen.features, prototypes)
-        scores = torch.zeros_like(frozen.logits)
-        return _Ballot(task, votes, voting, scores, frozen.labels)
-
-    def _answer(
-        self,
-        expert: int,
-        ballots: Iterable[_Ballot],
-        fusion: ConDU,
-        prototypes: PrototypeSet,
-    ) -> None:
-        """Let one expert answer all images, of any dataset, that voted for it on any ballot."""
-        weights: dict[str, list[tuple[_Ballot, Tensor]]] = {}
-        for ballot in ballots:
-            weight = ballot.weight(expert)
-            if bool((weight > 0).any()):
-                weights.setdefault(ballot.task.name, []).append((ballot, weight))
-        if weights and expert != PRETRAINED:
-            fusion.activate(prototypes.tasks[expert])
-        for same_dataset in weights.values():
-            task = same_dataset[0][0].task
-            voters = torch.stack([weight > 0 for _, weight in same_dataset]).any(dim=0)
-            indices = voters.nonzero().flatten()
-            if expert == PRETRAINED:
-                logits = self.frozen_answers(task).logits[indices]
-            else:
-                features, _ = self._encode(self._test_set(task), indices)
-                logits = self._logits(features, task)
-            for ballot, weight in same_dataset:
-                ballot.add(indices, logits, weight[indices])
+    def logits(self, features: Tensor, tasks: Sequence[Task], heads: Heads) -> Tensor:
+        """exp(logit_scale)·cosine with the text heads of ``tasks``, float32 [M, classes]; those
+        that ``heads`` lacks are made under the live weights."""
+        for task in tasks:
+            if task.name not in heads:
+                heads[task.name] = F.normalize(self._mean_text(task), dim=-1)
+        scale: Any = self.clip.model.logit_scale
+        head = torch.cat([heads[task.name] for task in tasks])
+        return float(scale.detach().exp()) * features @ head.T
 
     def frozen_answers(self, task: Task) -> FrozenAnswers:
         """Answers of the pretrained model on a test set; the first call needs the model to be at
-        θ_0.
-        """
+        θ_0."""
         if task.name not in self._frozen:
             test = task.dataset("test", self.clip.test_transform)
-            features, labels = self._kept_features(test, self._test_set(task))
-            self._frozen[task.name] = FrozenAnswers(features, labels, self._logits(features, task))
+            features, labels = self._kept_features(test, self._tests[task])
+            logits = self.logits(features, (task,), self._frozen_heads)
+            self._frozen[task.name] = FrozenAnswers(features, labels, logits)
         return self._frozen[task.name]
+
+    def frozen_logits(self, task: Task, indices: Tensor, tasks: tuple[Task, ...]) -> Tensor:
+        """Logits float32 [M, classes] of the pretrained model on the test images ``indices`` int64
+        [M], among the classes of ``tasks``; the first call needs the model to be at θ_0."""
+        frozen = self.frozen_answers(task)
+        if tasks == (task,):
+            return frozen.logits[indices]
+        return self.logits(frozen.features[indices], tasks, self._frozen_heads)
+
+    def test_features(self, task: Task, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalised features float32 [M, D] under the live weights, and labels int64 [M], of a
+        task's test images: all, or those at ``indices`` int64 [M], in that order."""
+        return self._encode(self._tests[task], indices)
 
     def _kept_features(
         self, dataset: TransformedDataset, images: Dataset[Any]
@@ -257,12 +288,6 @@ class Evaluator:
                 advance=advance,
             )
 
-    def _logits(self, features: Tensor, task: Task) -> Tensor:
-        """exp(logit_scale)·cosine with the live model's text head, float32 [M, classes]."""
-        head = F.normalize(self._mean_text(task), dim=-1)
-        scale: Any = self.clip.model.logit_scale
-        return float(scale.detach().exp()) * features @ head.T
-
     def _mean_text(self, task: Task) -> Tensor:
         if task.name not in self._tokens:
             self._tokens[task.name] = prompt_tokens(self.clip.tokenize, task)
@@ -270,80 +295,3 @@ class Evaluator:
             return mean_text_features(
                 self.clip.model, self._tokens[task.name], batch_size=self._batch_size
             )
-
-    def _test_set(self, task: Task) -> Dataset[Any]:
-        if task.name not in self._tests:
-            test = _not_empty(task.dataset("test", self.clip.test_transform), task, "test")
-            image, _ = test[0]
-            held = [
-                t.tensors[0].nbytes for t in self._tests.values() if isinstance(t, TensorDataset)
-            ]
-            if sum(held) + image.nbytes * len(test) <= self._cache_bytes:
-                test = _decoded(test, self._num_workers)
-            self._tests[task.name] = test
-        return self._tests[task.name]
-
-
-@dataclass(frozen=True)
-class FrozenAnswers:
-    """The pretrained model on one test set: normalised features float32 [N, D], labels int64 [N],
-    logits float32 [N, classes], all on the CPU."""
-
-    features: Tensor
-    labels: Tensor
-    logits: Tensor
-
-
-@dataclass(frozen=True)
-class _Ballot:
-    """The votes of one dataset's images and the running weighted sum ``scores`` [N, classes] of the
-    experts' answers.
-    """
-
-    task: Task
-    votes: Votes
-    voting: SemanticVoting
-    scores: Tensor
-    labels: Tensor
-
-    def weight(self, expert: int) -> Tensor:
-        """Weight [N] of an expert on each image, 0 where it was not voted for."""
-        return (self.votes.weights * (self.votes.experts == expert)).sum(dim=1)
-
-    def add(self, indices: Tensor, logits: Tensor, weight: Tensor) -> None:
-        self.scores[indices] += weight.unsqueeze(1) * self.voting.scores(logits)
-
-    def turnout(self, tasks: int) -> list[int]:
-        return [int((self.weight(e) > 0).sum()) for e in (*range(tasks), PRETRAINED)]
-
-    def accuracy(self) -> float:
-        return _percent_right(self.scores, self.labels)
-
-
-def _ballot_key(protocol: Protocol, task: Task, prototypes: PrototypeSet) -> tuple[str, bool]:
-    return task.name, protocol == "task-id" and task.name in prototypes
-
-
-def _percent_right(scores: Tensor, labels: Tensor) -> float:
-    return 100.0 * int((scores.argmax(dim=1) == labels).sum()) / len(labels)
-
-
-def _not_empty(dataset: Any, task: Task, split: str) -> Any:
-    if len(dataset) == 0:
-        raise ValueError(f"task {task.name!r}: the {split} set is empty")
-    return dataset
-
-
-def _decoded(dataset: Any, num_workers: int) -> TensorDataset:
-    """All images and labels as two tensors, read once."""
-    images: Tensor | None = None
-    labels = torch.empty(len(dataset), dtype=torch.int64)
-    done = 0
-    for batch, batch_labels in DataLoader(dataset, batch_size=256, num_workers=num_workers):
-        if images is None:
-            images = batch.new_empty(len(dataset), *batch.shape[1:])
-        images[done : done + len(batch)] = batch
-        labels[done : done + len(batch)] = batch_labels
-        done += len(batch)
-    assert images is not None
-    return TensorDataset(images, labels)

@@ -14,7 +14,8 @@ import torch
 
 import condu_ext
 from condu.config import RunConfig
-from condu.evaluation import Protocol, Row
+from condu.evaluation import Row
+from condu.labels import Protocol
 from condu.metrics import summarize
 from condu.reconstruction import Fused
 from condu.tasks.benchmark import Task

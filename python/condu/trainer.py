@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 
 from condu.bench.memory import peaks, restart_peaks
-from condu.config import BenchmarkConfig, ConfigError, RunConfig
+from condu.config import ConfigError, RunConfig
 from condu.feature_sample import save_feature_sample
 from condu.methods import METHODS, Method
 from condu.models import load_model
@@ -20,8 +19,7 @@ from condu.models.clip import ClipModel
 from condu.progress import RunProgress
 from condu.record import PeakBytes, Progress, Session, results_of
 from condu.runfolder import RunFolder
-from condu.tasks import load_benchmark
-from condu.tasks.mtil import ORDERS
+from condu.tasks.configured import make_benchmark
 from condu.tracking import check_trackers
 from condu.workspace import Workspace
 
@@ -143,10 +141,10 @@ class ContinualTrainer:
         done.append(
             Session(
                 rows,
-                learned.train,
-                learned.fuse,
-                evaluate,
-                peak,
+                train=learned.train,
+                fuse=learned.fuse,
+                evaluate=evaluate,
+                peak_bytes=peak,
                 misaligned=learned.misaligned,
                 fused=learned.fused,
             )
@@ -181,56 +179,3 @@ class ContinualTrainer:
                 f"{', '.join(self.config.protocols)}"
             )
         return protocols
-
-
-def make_benchmark(config: RunConfig) -> Benchmark:
-    """The benchmark of a configuration: its order, then its first tasks. `ConfigError` if the
-    configuration names tasks that the benchmark does not have, or wants more than there are."""
-    wanted = config.benchmark
-    if wanted.name == "mtil":
-        names = list(ORDERS["I"])
-    else:
-        benchmark = load_benchmark(wanted.name, seed=wanted.seed)
-        names = [task.name for task in benchmark]
-    for key, given in (
-        ("benchmark.order", wanted.order or ()),
-        ("training.task_lr", tuple(config.training.task_lr)),
-        ("lora.task_lr", tuple(config.lora.task_lr)),
-    ):
-        strangers = [name for name in given if name not in names]
-        if strangers:
-            raise ConfigError(
-                f"{key}: benchmark {wanted.name!r} has no task {strangers[0]!r}, "
-                f"there are: {', '.join(names)}"
-            )
-    order = names if wanted.order is None else list(wanted.order)
-    if sorted(order) != sorted(names):
-        raise ConfigError(
-            f"benchmark.order: must name each of {', '.join(names)} once, got {', '.join(order)}"
-        )
-    count = wanted.tasks or len(names)
-    if count > len(names):
-        raise ConfigError(f"benchmark.tasks: got {count}, but there are {len(names)} tasks")
-    if wanted.name == "mtil":  # only what is used has to be there
-        return _mtil(wanted, order[:count])
-    return benchmark.order(order).subset(count)
-
-
-def _mtil(wanted: BenchmarkConfig, names: Sequence[str]) -> Benchmark:
-    from condu.tasks.mtil.tasks import mtil_benchmark
-
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if wanted.download and processes > 1:  # they would write the same files
-        raise ConfigError(
-            f"benchmark.download: only a single process may download, there are {processes}; "
-            "run without the launcher until the data sets are there"
-        )
-    assert wanted.root is not None  # the configuration has seen to it
-    return mtil_benchmark(
-        wanted.root,
-        names,
-        shots=wanted.shots,
-        seed=wanted.seed,
-        download=wanted.download,
-        workers=4 if wanted.workers is None else wanted.workers,
-    )

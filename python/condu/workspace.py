@@ -80,8 +80,9 @@ class Workspace:
         file = self._prototype_file
         return PrototypeSet.load(file) if file.exists() else PrototypeSet()
 
-    def add_prototypes(self, task: Task, fusion: ConDU) -> None:
-        """Add a task's prototypes, unless another method has."""
+    def add_prototypes(self, task: Task, fusion: ConDU | None = None) -> None:
+        """Add a task's prototypes, unless another method has; of the model of ``fusion`` at θ_0, or
+        of the live one, which is there."""
         if task.name not in self.prototypes:
             assert isinstance(self.scorer, Evaluator)  # of a model that votes
             self.scorer.add_prototypes(self.prototypes, task, fusion)
@@ -89,8 +90,11 @@ class Workspace:
 
     def zero_shot_accuracy(self, index: int) -> float:
         """Accuracy (percent) of θ_0 on the data set of task `index`, measured once."""
+        task = self.benchmark.tasks[index]
+        if isinstance(self.scorer, Evaluator):
+            return self.scorer.frozen_answers(task).accuracy()
         if index not in self._zero_shot:
-            self._zero_shot[index] = self.scorer.accuracy(self.benchmark.tasks[index])
+            self._zero_shot[index] = self.scorer.accuracy(task)
         return self._zero_shot[index]
 
     @cached_property

@@ -269,8 +269,7 @@ def test_sizes_of_memory_are_taken_as_written(monkeypatch: pytest.MonkeyPatch) -
 
 def test_debug_shows_where_it_happened() -> None:
     result = condu(*UNIFY[:-1], "base", "--debug")
-    assert result.exit_code != 0
-    assert result.exception is not None
+    assert isinstance(result.exception, ValueError)  # not the end of the command after a line
 
 
 def test_a_distributed_checkpoint_goes_out_and_in() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import condu_ext as cx
 from condu import checkpoint
 from condu.checkpoint import Options
+from condu_ext.manifest import read_manifest
 
 Change = Callable[[dict[str, Tensor]], object]
 
@@ -191,6 +192,21 @@ def test_states_that_do_not_merge(tmp_path: Path, state: Path) -> None:
     with pytest.raises(ValueError, match="over different base models: 'bias' differs"):
         checkpoint.merge(state, tmp_path / "other", tmp_path / "both")
     assert not (tmp_path / "both").exists()
+
+
+@pytest.mark.parametrize("unknown", [0, 1])
+def test_a_base_model_that_only_one_state_knows(tmp_path: Path, state: Path, unknown: int) -> None:
+    checkpoint.unify(
+        tmp_path / "base.safetensors", {"b": tmp_path / "a.safetensors"}, tmp_path / "other"
+    )
+    states = [state, tmp_path / "other"]
+    prints = read_manifest(state).base_fingerprints
+    loaded = cx.UnifiedDelta.load(states[unknown])
+    loaded.base_fingerprints = {}
+    loaded.save(states[unknown])
+    checkpoint.merge(*states, tmp_path / "both")
+    assert prints
+    assert read_manifest(tmp_path / "both").base_fingerprints == prints
 
 
 @pytest.mark.parametrize(

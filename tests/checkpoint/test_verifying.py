@@ -13,7 +13,7 @@ from small_states import change_config, make_state, misfit, model, rewritten, sa
 from typer.testing import CliRunner
 
 import condu_ext as cx
-from condu.checkpoint import fingerprints, verifying
+from condu.checkpoint import tensor_files, verifying
 from condu.checkpoint.verifying import verify
 from condu.state_commands import app
 from condu_ext import storage
@@ -137,7 +137,7 @@ def test_files_that_are_not_listed(saved: Path) -> None:
 def test_values_that_are_not_finite(
     saved: Path, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
-    monkeypatch.setattr(verifying, "_PIECE", piece)
+    monkeypatch.setattr(tensor_files, "PIECE", piece)
     with rewritten(saved, "unified", "text.w") as tensors:
         tensors["text.w"][0, 0] = torch.nan
         tensors["text.w"][0, -2:] = torch.tensor([torch.inf, -torch.inf])
@@ -155,7 +155,7 @@ def test_bits_past_the_end(saved: Path) -> None:
 def test_bits_of_a_task_whose_rescaler_is_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verifying, "_PIECE", 4)
+    monkeypatch.setattr(tensor_files, "PIECE", 4)
     models = {"weak": {"w": torch.ones(99)}, "strong": {"w": torch.full((99,), -3.0)}}
     cx.unify(models, None).save(tmp_path)
     with rewritten(tmp_path, "triggers-1-0", "w") as tensors:
@@ -257,7 +257,7 @@ def test_bases_that_differ(saved: Path, base: Path) -> None:
 def test_fingerprints_of_tensors_of_several_pieces(
     saved: Path, base: Path, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
-    monkeypatch.setattr(fingerprints, "_PIECE", piece)
+    monkeypatch.setattr(tensor_files, "PIECE", piece)
     assert verify(saved, base) == []
 
 

@@ -14,12 +14,13 @@ from typer.testing import CliRunner, Result
 from condu import trainer
 from condu.cli import app
 from condu.methods import ALL, METHODS
+from condu.tasks import configured
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every command works on the tiny benchmark, in a folder of its own."""
-    monkeypatch.setattr(trainer, "load_benchmark", lambda name, seed: tiny_benchmark())
+    monkeypatch.setattr(configured, "load_benchmark", lambda name, seed: tiny_benchmark())
     monkeypatch.setattr(trainer, "load_model", lambda name, pretrained: tiny_clip())
     monkeypatch.chdir(tmp_path)
 

@@ -10,8 +10,9 @@ from tiny_run import tiny_trainer
 from torch import Tensor
 
 from condu.config import ConfigError
+from condu.features import zero_shot_head
 from condu.methods import rail_dual, rail_primal
-from condu.methods.rail import answer
+from condu.methods.rail import Rail, answer
 from condu.methods.rail_dual import KernelRidge
 from condu.methods.rail_primal import RecursiveRidge
 
@@ -129,6 +130,55 @@ def test_without_the_adapter_it_is_zero_shot(tmp_path: Path, method: str) -> Non
     ]
     for protocol in ("task-id", "agnostic"):
         assert matrix_of(methods, method, protocol) == matrix_of(methods, "zero_shot", protocol)
+
+
+def expected_percent(rail: Rail, index: int, protocol: str, position: int) -> float:
+    """RAIL's fusion image by image: who may answer what, counted through all tasks."""
+    tasks = list(rail.workspace.benchmark)
+    numbers = [(t.name, c) for t in tasks for c in range(len(t.classnames))]
+    seen = [t.name for t in tasks[: index + 1]]
+    task = tasks[position]
+    if protocol == "union-x-tail":
+        allowed = [t.name for t in tasks]
+    else:
+        allowed = seen if protocol == "union-odcl-cil" and task.name in seen else [task.name]
+    model, tokenize = rail.clip.model, rail.clip.tokenize
+    heads = torch.cat([zero_shot_head(model, tokenize, t) for t in tasks]).double().numpy()
+    frozen = rail.evaluator.frozen_answers(task)
+    adapter, right = rail.adapter(frozen.features).numpy(), 0
+    for feature, adapted, label in zip(frozen.features, adapter, frozen.labels, strict=True):
+        powers = np.exp(float(model.logit_scale.detach().exp()) * heads @ feature.double().numpy())
+        scores = list(powers / powers.sum())
+        if int(np.argmax(scores)) < len(adapted):
+            scores = [0.2 * p for p in scores]
+            for number, value in enumerate(adapted):
+                scores[number] += 0.8 * value
+        answers = [n for n, (name, _) in enumerate(numbers) if name in allowed]
+        best = max(answers, key=lambda number: scores[number])
+        right += numbers[best] == (task.name, int(label))
+    return 100 * right / len(frozen.labels)
+
+
+@pytest.mark.parametrize("method", ["rail_primal", "rail_dual"])
+def test_unions_are_answered_image_by_image_as_in_rail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    protocols: tuple[Any, ...] = ("agnostic", "union-odcl-cil", "union-x-tail")
+    compared: list[Any] = []
+    rows = Rail.rows
+
+    def watched(self: Rail, index: int, asked: Any) -> Any:
+        found = rows(self, index, asked)
+        for protocol, row in found.items():
+            expected = [expected_percent(self, index, protocol, j) for j in range(2)]
+            assert row.accuracy == pytest.approx(expected), (protocol, index)
+            compared.append((index, protocol, row.accuracy))
+        return found
+
+    monkeypatch.setattr(Rail, "rows", watched)
+    tiny_trainer(tmp_path / "run", methods=[method], protocols=protocols).run()
+    assert len(compared) == 2 * len(protocols)
+    assert len({str(accuracy) for _, _, accuracy in compared}) >= 4
 
 
 def test_a_kernel_that_does_not_fit_is_refused(

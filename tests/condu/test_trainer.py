@@ -27,7 +27,7 @@ from condu.metrics import summarize
 from condu.models.clip import ClipModel
 from condu.progress import RunProgress
 from condu.runfolder import RunFolder, RunFolderError
-from condu.trainer import make_benchmark
+from condu.tasks.configured import make_benchmark
 from condu.training import finetune, learning_rate, train_all_weights
 from condu.weights import copy_weights, load_weights, weights_in
 from condu_ext.files import replace

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from condu.cli import app
+from condu.tasks.finding import Sizes
 from condu.tasks.mtil import SOURCES, check
-from condu.tasks.mtil.sources import Sizes
 
 RANDOM = Sizes(classes=3, train=57, test=15)
 OFFICIAL = Sizes(classes=3, train=36, test=36)
@@ -145,4 +145,4 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert result.stderr == f"error: {tmp_path / 'nowhere'} is not a folder\n"
     result = condu(tmp_path, "--benchmark", "mini")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "no data on disk belongs to 'mini'" in result.stderr
+    assert "--benchmark: must be mtil or folders, got 'mini'" in result.stderr

@@ -15,8 +15,9 @@ from scipy.io import savemat
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
+from condu.tasks.images import DataError, Images
 from condu.tasks.mtil import SOURCES
-from condu.tasks.mtil.readers import DataError, Images, missing, open_source
+from condu.tasks.mtil.readers import missing, open_source
 from condu.tasks.mtil.tasks import mtil_benchmark
 
 SOURCE = {source.name: source for source in SOURCES}

@@ -15,9 +15,10 @@ from open_clip.transform import image_transform
 from condu import trainer
 from condu.config import ConfigError, difference, find_config, load_config, make_config
 from condu.models.clip import AUGMENTATION, ClipModel
+from condu.tasks.configured import make_benchmark
 from condu.tasks.mtil import ORDERS
 from condu.tasks.mtil.tasks import mtil_benchmark
-from condu.trainer import ContinualTrainer, make_benchmark
+from condu.trainer import ContinualTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*published numbers")
 
@@ -115,9 +116,9 @@ def test_only_what_is_used_has_to_be_there(tmp_path: Path, monkeypatch: pytest.M
     ("wanted", "expected"),
     [
         ({"name": "mtil"}, "benchmark: 'mtil' needs root"),
-        ({"root": "x"}, "benchmark: root is for 'mtil' only, got 'x' for 'mini'"),
-        ({"shots": 5}, "benchmark: shots is for 'mtil' only, got 5 for 'mini'"),
-        ({"workers": 0}, "benchmark: workers is for 'mtil' only, got 0 for 'mini'"),
+        ({"root": "x"}, "benchmark: root is for 'mtil' and 'folders' only, got 'x' for 'mini'"),
+        ({"shots": 5}, "benchmark: shots is for 'mtil' and 'folders' only, got 5 for 'mini'"),
+        ({"workers": 0}, "benchmark: workers is for 'mtil' and 'folders' only, got 0 for 'mini'"),
         ({"name": "mtil", "root": "x", "shots": 7}, r"benchmark.shots: .*5 or 16, got 7"),
         ({"name": "mtil", "root": "x", "order": "III"}, r"benchmark.order: .*I or II, got 'III'"),
         ({"order": "I"}, "benchmark.order: must be a list of task names"),

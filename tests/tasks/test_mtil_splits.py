@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils.data import random_split as random_split_of_torch
 
+from condu.tasks.few_shot import few_shot
 from condu.tasks.mtil import ORDERS, SOURCES
 from condu.tasks.mtil.classnames import classnames
-from condu.tasks.mtil.splits import few_shot, random_split
+from condu.tasks.mtil.splits import random_split
 
 TEMPLATES = {source.name: source.templates for source in SOURCES}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,18 +20,18 @@ from condu.checkpoint.state_files import StateFiles
 from condu.checkpoint.state_job import StateJob
 from condu.checkpoint.target import Target
 from condu.checkpoint.tensor_files import (
+    PIECE,
     FileReader,
     StoredTensor,
     as_bytes,
     has_nan,
     new_header,
+    pieces,
 )
 from condu_ext import _C
 from condu_ext.files import replace
 from condu_ext.manifest import CONFIG, Manifest, TaskEntry, generation_of, read_manifest
 from condu_ext.rescale import rescalers, warn_of
-
-_PIECE = 1 << 20  # elements that are read and written at a time
 
 
 def left_over(target: Target) -> list[str]:
@@ -173,8 +174,8 @@ class Commit:
         with FileReader() as reader:
             for tensor in tensors:
                 size = (self._job.numels[tensor] + 7) // 8
-                for start in range(0, size, _PIECE):
-                    bits = torch.empty(min(_PIECE, size - start), dtype=torch.uint8)
+                for start in range(0, size, PIECE):
+                    bits = torch.empty(min(PIECE, size - start), dtype=torch.uint8)
                     reader.read_bytes(file, places[tensor] + start, as_bytes(bits))
                     if bits.any():
                         target.write(file.name, places[tensor] + start, as_bytes(bits.zero_()))
@@ -243,9 +244,7 @@ def _copied(target: Target, file: str, task: str, source: _Tensors) -> dict[str,
     digest = xxhash.xxh3_64(header)
     target.write(file, 0, header)
     for name, tensor in source.tensors.items():
-        for start in range(0, tensor.numel, _PIECE):
-            piece = torch.empty(min(_PIECE, tensor.numel - start), dtype=tensor.dtype)
-            source.read(name, start, start + piece.numel(), piece)
+        for start, piece in pieces(partial(source.read, name), tensor):
             if has_nan(piece):  # infinity may be meant: masks of attention have it
                 raise ValueError(f"task {task!r}, private tensor {name!r}: has NaN values")
             target.write(file, places[name].offset + start * tensor.dtype.itemsize, as_bytes(piece))

@@ -13,7 +13,7 @@ from condu.checkpoint.options import Options
 from condu.checkpoint.prepared import Prepared, Records
 from condu.checkpoint.sources import Source
 from condu.checkpoint.state_files import StateFiles
-from condu.checkpoint.states import PathLike, closing, device_of, identity_of, opened, path_of
+from condu.checkpoint.states import PathLike, device_of, identity_of, opened, path_of
 from condu.checkpoint.target import Target
 from condu.checkpoint.world import World
 
@@ -24,41 +24,42 @@ def prepare_extract(
     state: PathLike, task: str, out: PathLike, *, base: PathLike, options: Options, format: str
 ) -> Prepared:
     """See :func:`condu.checkpoint.extract`."""
-    world, held = World.current(), ExitStack()
-    with world.step() as step, closing(held):
-        if format not in ("safetensors", "dcp"):
-            raise ValueError(f"format must be 'safetensors' or 'dcp', not {format!r}")
-        place = _new_place(out)
-        opened_state = held.enter_context(StateFiles(path_of("state", state)))
-        names = [entry.name for entry in opened_state.manifest.tasks]
-        if task not in names:
-            raise KeyError(f"unknown task {task!r}; the state holds {', '.join(names)}")
-        start = opened(held, base, options, place)
-        find_base(opened_state.manifest.spec, start)
-        job = ExtractJob(opened_state, names.index(task), start, device_of(options))
-        if place.suffix == ".safetensors" and (len(job.shards) > 1 or format == "dcp"):
-            raise ValueError(f"{place}: the model takes a folder, not one file")
-        home = start.folder
-        beside = others_in(home, options.report) if home and world.leads else []
-        step.claims["the command"] = identity = identity_of(
-            "extract", [start], [task], options, states=[opened_state], format=format
+    world = World.current()
+    with ExitStack() as held:
+        with world.step() as step:
+            if format not in ("safetensors", "dcp"):
+                raise ValueError(f"format must be 'safetensors' or 'dcp', not {format!r}")
+            place = _new_place(out)
+            opened_state = held.enter_context(StateFiles(path_of("state", state)))
+            names = [entry.name for entry in opened_state.manifest.tasks]
+            if task not in names:
+                raise KeyError(f"unknown task {task!r}; the state holds {', '.join(names)}")
+            start = opened(held, base, options, place)
+            find_base(opened_state.manifest.spec, start)
+            job = ExtractJob(opened_state, names.index(task), start, device_of(options))
+            if place.suffix == ".safetensors" and (len(job.shards) > 1 or format == "dcp"):
+                raise ValueError(f"{place}: the model takes a folder, not one file")
+            home = start.folder
+            beside = others_in(home, options.report) if home and world.leads else []
+            step.claims["the command"] = identity = identity_of(
+                "extract", [start], [task], options, states=[opened_state], format=format
+            )
+            step.claims["the layout of the model"] = job.layout
+        commit = _Commit(job, start, place, format, beside)
+        folder = place.with_name(f".{place.name}.unfinished")
+        return Prepared(
+            job,
+            folder,
+            identity,
+            _left_over,
+            commit,
+            world,
+            options,
+            sources=[start],
+            states=[opened_state],
+            temporary=True,
+            held=held.pop_all(),
         )
-        step.claims["the layout of the model"] = job.layout
-    commit = _Commit(job, start, place, format, beside)
-    folder = place.with_name(f".{place.name}.unfinished")
-    return Prepared(
-        job,
-        folder,
-        identity,
-        _left_over,
-        commit,
-        world,
-        options,
-        sources=[start],
-        states=[opened_state],
-        temporary=True,
-        held=held,
-    )
 
 
 def _new_place(out: PathLike) -> Path:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+
 import xxhash
 
 from condu.checkpoint.sources import Source
-from condu.checkpoint.tensor_files import as_bytes
-
-_PIECE = 1 << 20  # elements read at a time
+from condu.checkpoint.tensor_files import as_bytes, pieces
 
 
 def source_fingerprint(source: Source, name: str) -> str:
@@ -19,9 +18,6 @@ def source_fingerprint(source: Source, name: str) -> str:
         OSError: the file cannot be read.
     """
     tensor, digest = source.tensors[name], xxhash.xxh3_64()
-    piece = torch.empty(min(_PIECE, tensor.numel), dtype=tensor.dtype)
-    for start in range(0, tensor.numel, _PIECE):
-        stop = min(start + _PIECE, tensor.numel)
-        source.read(name, start, stop, piece)
-        digest.update(as_bytes(piece[: stop - start]))
+    for _, piece in pieces(partial(source.read, name), tensor):
+        digest.update(as_bytes(piece))
     return digest.hexdigest()

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from condu.checkpoint.options import Options
 from condu.checkpoint.sources import Source, Stored
+from condu.checkpoint.tensor_files import pieces
 from condu_ext.inputs import check_fusable, is_private
 from condu_ext.layout import ModelSpec, TensorSpec
 from condu_ext.rounding import with_rounding
-
-_PIECE = 1 << 20  # elements compared at a time
 
 
 @dataclass(frozen=True)
@@ -196,11 +196,5 @@ def _check_fixed(spec: ModelSpec, who: str, source: Source, base: Source) -> Non
 
 def _equal(a: Source, b: Source, name: str) -> bool:
     tensor = a.tensors[name]
-    for start in range(0, tensor.numel, _PIECE):
-        stop = min(tensor.numel, start + _PIECE)
-        mine, other = (torch.empty(stop - start, dtype=tensor.dtype) for _ in range(2))
-        a.read(name, start, stop, mine)
-        b.read(name, start, stop, other)
-        if not torch.equal(mine, other):
-            return False
-    return True
+    both = (pieces(partial(source.read, name), tensor) for source in (a, b))
+    return all(torch.equal(mine, other) for (_, mine), (_, other) in zip(*both, strict=True))

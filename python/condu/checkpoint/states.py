@@ -42,42 +42,43 @@ def prepare_unify(
     options: Options,
 ) -> Prepared:
     """See :func:`condu.checkpoint.unify`."""
-    world, held = World.current(), ExitStack()
-    with world.step() as step, closing(held):
-        if not isinstance(tasks, Mapping) or not tasks:
-            raise ValueError("tasks: there is no fine-tuned model to unify")
-        for task in tasks:
-            check_task_name(task)
-        check_state_dtype(dtype)
-        folder = _new_folder(out, base, *tasks.values())
-        start = opened(held, base, options, folder)
-        spec = describe(start, private)
-        names = [entry.name for entry in spec.tensors]
-        matched = []
-        for number, (task, where) in enumerate(tasks.items()):
-            source = opened(held, where, options, folder, start)
-            spec, found = match(spec, task, source, start, names, options, settled=number > 0)
-            matched.append(found)
-        models = Models(spec, start, names, matched)
-        fusion = Unifying(list(tasks), models, device_of(options))
-        step.claims["the command"] = identity = identity_of(
-            "unify", [start, *(m.source for m in matched)], [*tasks], options, dtype=str(dtype)
-        ) | {"rule": asdict(rule), "private": list(private)}
-    job = StateJob(spec, fusion, rule, dtype)
-    commit = Commit(job, {}, os.fspath(base), dict(zip(tasks, matched, strict=True)))
-    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    return Prepared(
-        job,
-        folder,
-        identity,
-        left_over,
-        commit,
-        world,
-        options,
-        sources=[start, *(m.source for m in matched)],
-        other_dtype=(other, job.bytes_with(other)),
-        held=held,
-    )
+    world = World.current()
+    with ExitStack() as held:
+        with world.step() as step:
+            if not isinstance(tasks, Mapping) or not tasks:
+                raise ValueError("tasks: there is no fine-tuned model to unify")
+            for task in tasks:
+                check_task_name(task)
+            check_state_dtype(dtype)
+            folder = _new_folder(out, base, *tasks.values())
+            start = opened(held, base, options, folder)
+            spec = describe(start, private)
+            names = [entry.name for entry in spec.tensors]
+            matched = []
+            for number, (task, where) in enumerate(tasks.items()):
+                source = opened(held, where, options, folder, start)
+                spec, found = match(spec, task, source, start, names, options, settled=number > 0)
+                matched.append(found)
+            models = Models(spec, start, names, matched)
+            fusion = Unifying(list(tasks), models, device_of(options))
+            step.claims["the command"] = identity = identity_of(
+                "unify", [start, *(m.source for m in matched)], [*tasks], options, dtype=str(dtype)
+            ) | {"rule": asdict(rule), "private": list(private)}
+        job = StateJob(spec, fusion, rule, dtype)
+        commit = Commit(job, {}, os.fspath(base), dict(zip(tasks, matched, strict=True)))
+        other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+        return Prepared(
+            job,
+            folder,
+            identity,
+            left_over,
+            commit,
+            world,
+            options,
+            sources=[start, *(m.source for m in matched)],
+            other_dtype=(other, job.bytes_with(other)),
+            held=held.pop_all(),
+        )
 
 
 def prepare_absorb(
@@ -90,92 +91,86 @@ def prepare_absorb(
     options: Options,
 ) -> Prepared:
     """See :func:`condu.checkpoint.absorb`."""
-    world, held = World.current(), ExitStack()
-    with world.step() as step, closing(held):
-        place = path_of("state", state)
-        in_place = out is None or _same(place, path_of("out", out))
-        folder = place if out is None or in_place else _new_folder(out, base, finetuned)
-        old = held.enter_context(StateFiles(place))
-        if check_task_name(task) in (entry.name for entry in old.manifest.tasks):
-            raise ValueError(f"task {task!r} is already in the state; drop it first to replace it")
-        start = opened(held, base, options, folder)
-        source = opened(held, finetuned, options, folder, start)
-        spec = logical(old.manifest.spec)
-        names = find_base(spec, start)
-        spec, found = match(
-            spec, task, source, start, names, options, settled=bool(old.manifest.tasks)
-        )
-        fusion = Absorbing(old, task, Models(spec, start, names, [found]), device_of(options))
-        step.claims["the command"] = identity = identity_of(
-            "absorb", [start, source], [task], options, states=[old]
-        )
-    manifest = old.manifest
-    known = manifest.base_fingerprints
-
-    def expect(name: str, digits: str) -> None:
-        if known.get(name, digits) != digits:
-            raise ValueError(
-                f"{start.where}, tensor {name!r}: differs from the base model that the state was "
-                "made over"
+    world = World.current()
+    with ExitStack() as held:
+        with world.step() as step:
+            place = path_of("state", state)
+            in_place = out is None or _same(place, path_of("out", out))
+            folder = place if out is None or in_place else _new_folder(out, base, finetuned)
+            old = held.enter_context(StateFiles(place))
+            if check_task_name(task) in (entry.name for entry in old.manifest.tasks):
+                raise ValueError(
+                    f"task {task!r} is already in the state; drop it first to replace it"
+                )
+            start = opened(held, base, options, folder)
+            source = opened(held, finetuned, options, folder, start)
+            spec = logical(old.manifest.spec)
+            names = find_base(spec, start)
+            spec, found = match(
+                spec, task, source, start, names, options, settled=bool(old.manifest.tasks)
             )
+            fusion = Absorbing(old, task, Models(spec, start, names, [found]), device_of(options))
+            step.claims["the command"] = identity = identity_of(
+                "absorb", [start, source], [task], options, states=[old]
+            )
+        manifest = old.manifest
+        known = manifest.base_fingerprints
 
-    job = StateJob(spec, fusion, manifest.rule, manifest.dtype, expect)
-    base_name = manifest.base_name or os.fspath(base)
-    commit = Commit(job, known, base_name, {task: found}, [old])
-    stale = Unchanged(old) if in_place else left_over
-    return Prepared(
-        job,
-        folder,
-        identity,
-        stale,
-        commit,
-        world,
-        options,
-        sources=[start, source],
-        states=[old],
-        held=held,
-    )
+        def expect(name: str, digits: str) -> None:
+            if known.get(name, digits) != digits:
+                raise ValueError(
+                    f"{start.where}, tensor {name!r}: differs from the base model that the state "
+                    "was made over"
+                )
+
+        job = StateJob(spec, fusion, manifest.rule, manifest.dtype, expect)
+        base_name = manifest.base_name or os.fspath(base)
+        commit = Commit(job, known, base_name, {task: found}, [old])
+        stale = Unchanged(old) if in_place else left_over
+        return Prepared(
+            job,
+            folder,
+            identity,
+            stale,
+            commit,
+            world,
+            options,
+            sources=[start, source],
+            states=[old],
+            held=held.pop_all(),
+        )
 
 
 def prepare_merge(a: PathLike, b: PathLike, out: PathLike, *, options: Options) -> Prepared:
     """See :func:`condu.checkpoint.merge`."""
-    world, held = World.current(), ExitStack()
-    with world.step() as step, closing(held):
-        folder = _new_folder(out)
-        states = [held.enter_context(StateFiles(path_of("state", path))) for path in (a, b)]
-        order = _mergeable(*(state.manifest for state in states))
-        fusion = Merging(states[0], states[1], order, device_of(options))
-        step.claims["the command"] = identity = identity_of("merge", [], [], options, states=states)
-    left, right = (state.manifest for state in states)
-    job = StateJob(logical(left.spec), fusion, left.rule, left.dtype)
-    prints = right.base_fingerprints | left.base_fingerprints
-    commit = Commit(job, prints, left.base_name or right.base_name, {}, states)
-    return Prepared(
-        job,
-        folder,
-        identity,
-        left_over,
-        commit,
-        world,
-        options,
-        states=states,
-        held=held,
-    )
+    world = World.current()
+    with ExitStack() as held:
+        with world.step() as step:
+            folder = _new_folder(out)
+            states = [held.enter_context(StateFiles(path_of("state", path))) for path in (a, b)]
+            order = _mergeable(*(state.manifest for state in states))
+            fusion = Merging(states[0], states[1], order, device_of(options))
+            step.claims["the command"] = identity = identity_of(
+                "merge", [], [], options, states=states
+            )
+        left, right = (state.manifest for state in states)
+        job = StateJob(logical(left.spec), fusion, left.rule, left.dtype)
+        prints = right.base_fingerprints | left.base_fingerprints
+        commit = Commit(job, prints, left.base_name or right.base_name, {}, states)
+        return Prepared(
+            job,
+            folder,
+            identity,
+            left_over,
+            commit,
+            world,
+            options,
+            states=states,
+            held=held.pop_all(),
+        )
 
 
 # ---- checks -------------------------------------------------------------------------------------
-
-
-def closing(held: ExitStack) -> ExitStack:
-    """Closes what ``held`` holds if the block raises."""
-    guard = ExitStack()
-
-    def close(kind: object, error: object, trace: object) -> None:
-        if error is not None:
-            held.close()
-
-    guard.push(close)
-    return guard
 
 
 def opened(
@@ -264,7 +259,8 @@ def _mergeable(a: Manifest, b: Manifest) -> list[int]:
         other = logical(b.spec).tensors[positions[entry.name]] if entry.name in positions else None
         if entry != other:
             raise ValueError(f"the states differ in a tensor: {entry} and {other}")
-        if b.base_fingerprints.get(entry.name) != a.base_fingerprints.get(entry.name):
+        known = a.base_fingerprints.get(entry.name)  # None: nobody recorded it
+        if known and b.base_fingerprints.get(entry.name, known) != known:
             raise ValueError(f"the states are over different base models: {entry.name!r} differs")
     if len(positions) != len(a.spec.tensors):
         extra = min(positions.keys() - {entry.name for entry in a.spec.tensors})

@@ -15,7 +15,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _ALIGN = 8
+PIECE = 1 << 20  # elements that are read at a time
 _OPEN_FILES = 256  # at most, of all readers
 _METADATA = "__metadata__"
 _DTYPES = {
@@ -133,6 +134,19 @@ def new_header(
 def as_bytes(flat: Tensor) -> memoryview:
     """The memory of a contiguous flat tensor on the CPU."""
     return flat.view(torch.uint8).numpy().data
+
+
+def pieces(
+    read: Callable[[int, int, Tensor], None], tensor: Stored
+) -> Iterator[tuple[int, Tensor]]:
+    """A tensor from its first element to its last, ``PIECE`` at a time: where each piece begins,
+    and its elements, flat, in memory that the next piece overwrites. ``read`` puts the elements
+    [start, stop) into a tensor."""
+    memory = torch.empty(min(PIECE, tensor.numel), dtype=tensor.dtype)
+    for start in range(0, tensor.numel, PIECE):
+        stop = min(start + PIECE, tensor.numel)
+        read(start, stop, memory)
+        yield start, memory[: stop - start]
 
 
 def seen(files: Sequence[str | os.PathLike[str]]) -> list[tuple[str, int, int]]:

@@ -15,7 +15,7 @@ import torch
 from condu.checkpoint.fingerprints import source_fingerprint
 from condu.checkpoint.sources import Source, open_source
 from condu.checkpoint.state_files import described, header_of
-from condu.checkpoint.tensor_files import FileReader, StoredTensor, has_nan
+from condu.checkpoint.tensor_files import FileReader, StoredTensor, has_nan, pieces
 from condu_ext.contents import (
     TensorFiles,
     check_size,
@@ -28,7 +28,6 @@ from condu_ext.layout import TensorSpec
 from condu_ext.manifest import CONFIG, CheckpointError, Manifest, TaskEntry, read_manifest
 from condu_ext.rescale import rescalers
 
-_PIECE = 1 << 20  # elements, or bytes of masks, that a thread looks at at a time
 _THREADS = min(8, os.cpu_count() or 1)
 _BASE_THREADS = 2  # each holds a piece of a tensor, and they may all read from one disk
 
@@ -148,11 +147,7 @@ def _fitting(expected: TensorFiles, intact: Set[Path], found: list[str]) -> list
 
 
 def _pieces(reader: FileReader, tensor: StoredTensor) -> Iterator[torch.Tensor]:
-    buffer = torch.empty(min(_PIECE, tensor.numel), dtype=tensor.dtype)
-    for start in range(0, tensor.numel, _PIECE):
-        stop = min(start + _PIECE, tensor.numel)
-        reader.read(tensor, start, stop, buffer)
-        yield buffer[: stop - start]
+    return (piece for _, piece in pieces(partial(reader.read, tensor), tensor))
 
 
 def _value_faults(reader: FileReader, delta: StoredTensor) -> Iterator[str]:

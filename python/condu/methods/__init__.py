@@ -2,6 +2,7 @@
 
 from condu.methods import (
     condu,
+    dpeclip_id,
     emr,
     individual,
     lwf,
@@ -19,7 +20,7 @@ from condu.methods.base import METHODS, Learned, Method, register
 ALL = (
     *("zero_shot", "individual"),
     *("sequential", "wise_ft", "lwf", "zscl", "rail_primal", "rail_dual"),
-    *("condu", "emr", "task_arithmetic"),
+    *("condu", "dpeclip_id", "emr", "task_arithmetic"),
     *("individual_lora", "condu_lora", "sequential_lora", "lora_average", "pam"),
 )
 """The methods of this package in the order of a table: lower and upper line, one model or adapter
@@ -31,6 +32,7 @@ __all__ = [
     "Learned",
     "Method",
     "condu",
+    "dpeclip_id",
     "emr",
     "individual",
     "lwf",

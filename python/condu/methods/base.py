@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from condu.config import ConfigError
+from condu.labels import UNIONS, Protocol
 from condu.models.clip import ClipModel
 
 if TYPE_CHECKING:
-    from condu.evaluation import Protocol, Row
+    from condu.evaluation import Row
     from condu.reconstruction import Fused
     from condu.tuning import Tuner
     from condu.workspace import Tuning, Workspace
@@ -43,11 +44,21 @@ class Method(ABC):
 
     name: ClassVar[str]
     tuning: ClassVar[Tuning] = "full"
-    protocols: tuple[Protocol, ...] = ("task-id", "agnostic")
+    protocols: tuple[Protocol, ...] = ("task-id", "agnostic", *UNIONS)
     """Those it can be evaluated with; an instance may have fewer than its class."""
 
     def __init__(self, workspace: Workspace) -> None:
+        """Raises `ConfigError` if the run's protocols ask for a union of classes and its model
+        knows of no classes."""
         self.workspace = workspace
+        if not workspace.live.votes:
+            self.protocols = tuple(p for p in self.protocols if p not in UNIONS)
+            for protocol in workspace.config.protocols:
+                if protocol in UNIONS:
+                    raise ConfigError(
+                        f"protocols: {protocol!r} is a choice among the classes of several tasks, "
+                        f"for which it takes a CLIP model; model.name is {workspace.live.name!r}"
+                    )
 
     @property
     def tuner(self) -> Tuner:

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condu.ballots import percent_right
 from condu.evaluation import Evaluator, Row
 from condu.features import zero_shot_head
+from condu.labels import label_set
 from condu.methods.base import Learned, Method, clip_model_of
 from condu.workspace import Workspace
 
@@ -43,7 +45,9 @@ class Rail(Method):
     """`task-id`: over the classes of the data set alone; of a seen task zero-shot and adapter are
     fused, an unseen one is answered zero-shot. `agnostic`: over the classes of all data sets it is
     decided, as in RAIL, which images the adapter has a say on; the answer is then the best of the
-    classes of the data set. The factor 100 of the paper's logits is the model's exp(logit_scale).
+    classes of the data set. `union-x-tail` is RAIL's own: the best of all classes;
+    `union-odcl-cil` leaves those that it lets an answer be. The factor 100 of the paper's logits is
+    the model's exp(logit_scale).
 
     Classes are numbered through all tasks in their order. Nothing is fine-tuned.
     """
@@ -74,19 +78,26 @@ class Rail(Method):
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         weight = self.workspace.config.rail.weight
         rows: dict[Protocol, Row] = {protocol: Row([]) for protocol in protocols}
-        for position, task in enumerate(self.workspace.benchmark):
+        tasks = self.workspace.benchmark.tasks
+        seen = [task.name for task in tasks[: index + 1]]
+        starts = {task.name: start for task, start in zip(tasks, self.offsets, strict=False)}
+        for position, task in enumerate(tasks):
             frozen = self.evaluator.frozen_answers(task)
             adapter = self.adapter(frozen.features)
             logits = self._scale * frozen.features @ self._heads.T
             block = slice(self.offsets[position], self.offsets[position + 1])
+            fused: Tensor | None = None
             for protocol, row in rows.items():
+                labels = label_set(protocol, task, tasks, seen)
                 if protocol == "task-id":
                     own = adapter[:, block if position <= index else slice(0)]
                     scores = answer(logits[:, block], own, weight)
-                else:
-                    scores = answer(logits, adapter, weight)[:, block]
-                right = scores.argmax(dim=1) == frozen.labels
-                row.accuracy.append(100.0 * int(right.sum()) / len(right))
+                else:  # of the union, whose tasks were learnt in their order: no gaps
+                    if fused is None:
+                        fused = answer(logits, adapter, weight)
+                    start = starts[labels.names[0]]
+                    scores = fused[:, start : start + labels.size]
+                row.accuracy.append(percent_right(scores, frozen.labels + labels.first))
         return rows
 
     def features(self, index: int) -> tuple[Tensor, Tensor]:

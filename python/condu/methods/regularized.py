@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from condu.methods.base import Learned, clip_model_of
 from condu.methods.sequential import Sequential
@@ -23,6 +23,8 @@ class Regularized(Sequential):
     """As `sequential`, but with a regularizer in every task, the first included: what θ_0 knows is
     not to be forgotten either. Of CLIP models, whose images and texts can be compared."""
 
+    shares_first: ClassVar[bool] = False
+
     def __init__(self, workspace: Workspace) -> None:
         super().__init__(workspace)
         self.clip = clip_model_of(self)
@@ -38,6 +40,3 @@ class Regularized(Sequential):
             self._file, index, start=start, penalty=penalty, after_step=after_step
         )
         return Learned(train=trained.seconds)
-
-    def _latest(self, index: int) -> Trained:
-        return Trained.open(self._file)

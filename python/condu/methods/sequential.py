@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from condu.evaluation import Row
 from condu.methods.base import Learned, Method, register
 from condu.tuning import Trained
 from condu.workspace import Tuning
 
 if TYPE_CHECKING:
-    from condu.evaluation import Protocol
+    from condu.evaluation import Protocol, Row
 
 
 @register
 class Sequential(Method):
-    """One model for every image, so both protocols are the same. Only the latest is kept."""
+    """One model for every image, whatever is known of it. Only the latest is kept."""
 
     name: ClassVar[str] = "sequential"
+    shares_first: ClassVar[bool] = True
+    """Whether the model after the first task is that task's fine-tuning, as of other methods."""
 
     def learn(self, index: int) -> Learned:
         if index == 0:  # θ_0 is where every task's own model starts too: nothing is trained twice
@@ -29,8 +30,7 @@ class Sequential(Method):
 
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         with self.tuner.using(self._latest(index).load()):
-            row = self.tuner.scorer.accuracies()
-        return {protocol: Row(row) for protocol in protocols}
+            return self.tuner.scorer.rows(index + 1, protocols)
 
     @property
     def _file(self) -> Path:
@@ -38,7 +38,8 @@ class Sequential(Method):
 
     def _latest(self, index: int) -> Trained:
         """The model on disk after task `index`, or after the next one if a kill came in between."""
-        return Trained.open(self._file) if index else self.tuner.finetuned(0)
+        shared = self.shares_first and index == 0
+        return self.tuner.finetuned(0) if shared else Trained.open(self._file)
 
 
 @register

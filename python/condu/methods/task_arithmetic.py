@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from condu.evaluation import Row
 from condu.methods.base import Learned, Method, register
 from condu.weights import copy_weights
 
 if TYPE_CHECKING:
-    from condu.evaluation import Protocol
+    from condu.evaluation import Protocol, Row
 
 
 @register
@@ -25,8 +24,8 @@ class TaskArithmetic(Method):
     """θ_0 + λ·Σ d_i over the tasks so far, each fine-tuned from θ_0; λ is `task_arithmetic.scale`.
     The paper chooses λ on held-out data of all tasks; 0.3 is a usual value where there is none.
 
-    One model for every image, so both protocols are the same. Buffers stay at θ_0: statistics do
-    not add up.
+    One model for every image, whatever is known of it. Buffers stay at θ_0: statistics do not add
+    up.
     """
 
     name: ClassVar[str] = "task_arithmetic"
@@ -41,8 +40,7 @@ class TaskArithmetic(Method):
 
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         with self.tuner.using(self._weights):
-            row = self.tuner.scorer.accuracies()
-        return {protocol: Row(row) for protocol in protocols}
+            return self.tuner.scorer.rows(index + 1, protocols)
 
     def _merged(self, index: int) -> dict[str, Tensor]:
         """Over tasks 0 … index, of which one at a time is in memory beside θ_0 and the sum."""

@@ -22,6 +22,7 @@ class WiSEFT(Merging):
     task's fine-tuning started from and a is `wise_ft.weight`. Integer buffers are θ's."""
 
     name: ClassVar[str] = "wise_ft"
+    shares_first: ClassVar[bool] = False
 
     def train(self, index: int, start: Trained | None) -> Trained:
         if start is None:
@@ -36,6 +37,3 @@ class WiSEFT(Merging):
         joined = {name: previous[name] for name in moved}
         cx.average_(joined, moved, 1 - self.workspace.config.wise_ft.weight)
         return Merged(weights | joined, time.perf_counter() - began, {})
-
-    def _latest(self, index: int) -> Trained:
-        return Trained.open(self._file)

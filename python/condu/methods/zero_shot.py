@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from condu.evaluation import Row
+from condu.evaluation import Evaluator, Row
 from condu.methods.base import Learned, Method, register
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @register
 class ZeroShot(Method):
-    """One model for every image, so both protocols are the same."""
+    """One model for every image, whatever is known of it."""
 
     name: ClassVar[str] = "zero_shot"
 
@@ -22,5 +22,8 @@ class ZeroShot(Method):
         return Learned()
 
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
+        scorer = self.workspace.scorer
+        if isinstance(scorer, Evaluator):
+            return scorer.frozen_rows(index + 1, protocols)
         row = [self.workspace.zero_shot_accuracy(j) for j in range(len(self.workspace.benchmark))]
         return {protocol: Row(row) for protocol in protocols}

@@ -6,9 +6,10 @@ module holds at the moment; methods put weights in and take them out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Protocol as Interface
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -16,6 +17,8 @@ from torch.utils.data import Dataset
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from condu.evaluation import Row
+    from condu.labels import Protocol
     from condu.tasks.benchmark import Benchmark
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -25,15 +28,16 @@ Objective = Callable[[nn.Module, Any], Tensor]
 """The mean loss of a batch under a module that may be wrapped (DistributedDataParallel, PEFT)."""
 
 
-class Scorer(Protocol):
+class Scorer(Interface):
     """Measures a live model on the test sets of a benchmark, in percent."""
 
     def accuracy(self, task: Any) -> float:
         """Accuracy of the live weights on a task's test set."""
         ...
 
-    def accuracies(self) -> list[float]:
-        """`accuracy` on every data set of the benchmark, in its order."""
+    def rows(self, seen: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
+        """The row of each protocol, after the first `seen` tasks of the benchmark, where the live
+        weights answer everything; of a model that does not vote, of those without unions."""
         ...
 
     def over(self, live: Any) -> Self:
@@ -42,7 +46,7 @@ class Scorer(Protocol):
         ...
 
 
-class LiveModel(Protocol):
+class LiveModel(Interface):
     """`frozen`: patterns (fnmatch) of names of parameters that fine-tuning leaves alone.
     `lora_targets`: names of the modules that get adapters. `votes`: whether experts can be chosen
     by semantic voting, which compares features of images with prototypes: its scorer is then a

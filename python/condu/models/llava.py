@@ -19,12 +19,14 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from condu.evaluation import Row
 from condu.features import inference
 from condu.tasks.vqa import VqaTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from condu.labels import Protocol
     from condu.models.base import Autocast, Objective
     from condu.tasks.benchmark import Benchmark
 
@@ -207,6 +209,11 @@ class VqaEvaluator:
     def accuracies(self) -> list[float]:
         """``accuracy`` on every task of the benchmark, in its order."""
         return [self.accuracy(task) for task in self.benchmark]
+
+    def rows(self, seen: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
+        """``accuracies``, the same for every protocol."""
+        row = Row(self.accuracies())
+        return {protocol: row for protocol in protocols}
 
     def generate(self, task: VqaTask) -> list[str]:
         """What the model says to each test question, greedily."""

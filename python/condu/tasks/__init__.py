@@ -12,8 +12,8 @@ def load_benchmark(name: str, *, seed: int = 0) -> Benchmark:
     """The benchmark called ``name``.
 
     ``"mini"``: small classification tasks, ``"mini_vqa"``: small tasks of visual question
-    answering; both are rendered on the fly from ``seed``, no files needed. For MTIL, whose images
-    are on disk, there is `condu.tasks.mtil.tasks.mtil_benchmark`.
+    answering; both are rendered on the fly from ``seed``, no files needed. For images on disk there
+    are `condu.tasks.mtil.tasks.mtil_benchmark` and `condu.tasks.folders.folders_benchmark`.
     Raises ValueError for any other name.
     """
     if name == "mini":
@@ -25,5 +25,5 @@ def load_benchmark(name: str, *, seed: int = 0) -> Benchmark:
 
         return mini_vqa_benchmark(seed)
     raise ValueError(
-        f"unknown benchmark {name!r}, the ones available are: 'mini', 'mini_vqa', 'mtil'"
+        f"unknown benchmark {name!r}, the ones available are: 'mini', 'mini_vqa', 'mtil', 'folders'"
     )

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from condu.tasks.finding import Finding, Sizes, State, absent_files
+from condu.tasks.images import DataError
 from condu.tasks.mtil.readers import (
-    DataError,
     Opened,
     instructions,
     missing,
     open_source,
     sizes,
 )
-from condu.tasks.mtil.sources import SOURCES, Sizes, Source
-
-State = Literal["complete", "missing", "damaged", "incomplete"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One data set. ``missing``: files that it needs are not there; ``damaged``: what is there
-    cannot be read; ``incomplete``: it can, but is not what it should be. `found` is None where
-    nothing could be counted. `problems` is empty for what is complete. `how`: where the files come
-    from and where they go. `downloads`: whether `benchmark.download` can do that.
-    """
-
-    name: str
-    state: State
-    expected: Sizes
-    found: Sizes | None
-    problems: tuple[str, ...]
-    how: str
-    downloads: bool
+from condu.tasks.mtil.sources import SOURCES, Source
 
 
 def check(root: Path) -> list[Finding]:
@@ -76,16 +55,4 @@ def _problems(expected: Sizes, found: Sizes, opened: Opened) -> Iterator[str]:
                 f"{len(empty)} of {found.classes} classes have no {split} images, "
                 f"the first is {first!r}"
             )
-        bad = [path for path in images.files if not _holds_something(path)]
-        if bad:
-            yield (
-                f"{len(bad)} of {len(images)} {split} images are missing or empty, "
-                f"the first is {bad[0]}"
-            )
-
-
-def _holds_something(path: Path) -> bool:
-    try:
-        return os.stat(path).st_size > 0
-    except OSError:
-        return False
+        yield from absent_files(split, images)

@@ -9,19 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from condu.tasks.finding import Sizes
 from condu.tasks.mtil import templates
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a complete data set has: classes, and images in MTIL's training and test split."""
-
-    classes: int
-    train: int
-    test: int
-
-    def __str__(self) -> str:
-        return f"{self.classes} classes, {self.train} training and {self.test} test images"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
-"""Which images are for training: MTIL's own split, and few-shot subsets."""
+"""Which images are for training where the makers of a data set did not say."""
 
 from __future__ import annotations
-
-import zlib
 
 import numpy as np
 import torch
@@ -23,14 +21,3 @@ def random_split(images: int) -> tuple[np.ndarray, np.ndarray]:
     order = torch.randperm(images, generator=torch.Generator().manual_seed(SPLIT_SEED)).numpy()
     cut = int(0.8 * images)
     return order[:cut], order[cut:]
-
-
-def few_shot(labels: np.ndarray, shots: int, *, seed: int, name: str) -> np.ndarray:
-    """Ascending indices of ``shots`` images of each class, or of all where a class has fewer (as
-    Flowers102, with 10). Drawn without replacement by a generator that depends on ``seed`` and
-    the data set's ``name`` only, so no order of tasks changes it."""
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    chosen = [
-        rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)
-    ]
-    return np.sort(np.concatenate(chosen))

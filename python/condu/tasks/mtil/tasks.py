@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from condu.tasks.benchmark import Benchmark, Task
+from condu.tasks.few_shot import few_shot
+from condu.tasks.images import split_of
 from condu.tasks.mtil.classnames import classnames
-from condu.tasks.mtil.readers import Images, Opened, open_source, sizes
+from condu.tasks.mtil.readers import Opened, open_source, sizes
 from condu.tasks.mtil.sources import ORDERS, SOURCES, Source
-from condu.tasks.mtil.splits import few_shot
 
 
 def mtil_benchmark(
@@ -60,9 +61,5 @@ def _task(source: Source, opened: Opened, shots: int | None, seed: int) -> Task:
         source.name,
         classnames(source.name, opened.own_names),
         source.templates,
-        partial(_split, train, opened.test),
+        partial(split_of, train, opened.test),
     )
-
-
-def _split(train: Images, test: Images, split: str) -> Images:
-    return train if split == "train" else test
