@@ -114,6 +114,16 @@ def test_every_anchor_has_its_section(tmp_path: Path) -> None:
         assert ("features" in sections) == (features is not None)
 
 
+def test_votes_are_shown_where_the_task_is_not_given(tmp_path: Path) -> None:
+    both = results(methods=("condu",))
+    page = written(tmp_path / "both", both, features=None)
+    votes = page[page.index('id="votes"') : page.index('id="fusion"')]
+    assert "<summary>agnostic" in votes
+    assert "<summary>task-id" not in votes  # there, all answers are by the data set's own expert
+    given = results(methods=("condu",), protocols=("task-id",))
+    assert 'id="votes"' not in written(tmp_path / "given", given, features=None)
+
+
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / str(seed), results(seed=seed)) for seed in (1, 2)]
     for name, given in (("a.html", folders), ("b.html", folders[::-1])):

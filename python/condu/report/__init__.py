@@ -1,4 +1,4 @@
-"""A finished run as tables in the terminal and as pictures."""
+"""Finished runs as tables in the terminal, as pictures and as one HTML page."""
 
 from condu.report.tables import matrix_table, misalignment, summary_table
 

@@ -15,7 +15,7 @@ PROTOCOLS = {
     "that was not by what the method has for unknown data.",
     "agnostic": "Which expert to ask is not given; the class names of the data set are.",
     "union-odcl-cil": "Neither the data set nor its class names are given: the answer is one of "
-    "all classes seen so far.",
+    "all classes seen so far, and of a data set not learnt yet one of those and its own.",
     "union-x-tail": "Neither the data set nor its class names are given: the answer is one of "
     "all classes of the benchmark, seen or not.",
 }

@@ -143,7 +143,7 @@ def cost_panels(experiments: Sequence[Experiment]) -> list[BarPanel]:
     """Time and memory of every method."""
     pairs = [(e.title(method), e, method) for e in experiments for method in e.methods]
     seconds = (
-        bar_panel(f"{phase}, s", {t: e.seconds(m, phase) for t, e, m in pairs}, seconds_text)
+        bar_panel(f"{phase}, s", {t: e.seconds(m, phase) for t, e, m in pairs}, _seconds)
         for phase in PHASES
     )
     sizes = (
@@ -171,7 +171,7 @@ def _accuracy_curves(experiment: Experiment, method: str, protocol: str) -> dict
     }
 
 
-def seconds_text(value: float) -> str:
+def _seconds(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
