@@ -10,6 +10,7 @@ from rich.console import Console
 
 from condu.report import matrix_table, misalignment, summary_table
 from condu.report.plots import save_plots
+from condu.report.tables import percent
 
 
 def results(tasks: int = 2) -> dict[str, Any]:
@@ -71,6 +72,15 @@ def test_misalignment_is_the_mean_over_tasks_and_only_of_methods_that_merge() ->
 def test_what_one_task_leaves_undefined_is_a_dash() -> None:
     line = next(line for line in printed(summary_table(results(1))) if "individual_lora" in line)
     assert line.split()[1] == "–"
+
+
+def test_a_zero_has_no_sign() -> None:
+    assert [percent(value) for value in (-0.04, 0.04, -0.06, None)] == ["0.0", "0.0", "-0.1", "–"]
+
+
+def test_names_of_tasks_are_no_markup() -> None:
+    found = results(1) | {"tasks": ["[bold]a[/x]"]}
+    assert any("[bold]a[/x]" in line for line in printed(matrix_table(found, "two", "agnostic")))
 
 
 def test_the_matrix_table_has_a_row_for_each_task() -> None:

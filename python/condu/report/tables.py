@@ -83,4 +83,6 @@ def matrix_table(results: Mapping[str, Any], method: str, protocol: str) -> Tabl
 
 def percent(value: float | None) -> str:
     """A percentage with one decimal; a dash for what was not measured or is not defined."""
-    return UNDEFINED if value is None else f"{value:.1f}"
+    if value is None:
+        return UNDEFINED
+    return f"{round(value, 1) + 0.0:.1f}"  # the sum turns a zero below zero round
