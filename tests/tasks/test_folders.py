@@ -39,7 +39,10 @@ def config(root: Path, **changes: Any) -> Any:
 def test_tasks_classes_and_images(tmp_path: Path) -> None:
     write(tmp_path, "second")
     task = write(tmp_path, "first", ("red", "dark_blue"))
-    (task / "templates.txt").write_text("a {} square\n\n  a photo of a {} thing.\n")
+    templates = "a {} square\n\n  a photo of a {} thing.\n"
+    (task / "templates.txt").write_text(templates, encoding="utf-8-sig")
+    (task / "train" / "red" / "labels.csv").write_text("no image")
+    Image.new("RGB", (9, 9), COLOURS["red"]).save(task / "train" / "red" / "more.GIF")
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "notes.txt").write_text("no task")
     first, second = folders_benchmark(tmp_path)
@@ -51,6 +54,7 @@ def test_tasks_classes_and_images(tmp_path: Path) -> None:
     assert [label for _, label in images] == [0] * 6 + [1] * 6
     assert images[0][0].getpixel((0, 0)) == COLOURS["dark_blue"]
     assert "train" in str(first.load("train").files[0])
+    assert len(first.load("train")) == 13
     assert "test" in str(images.files[0])
 
 
@@ -99,6 +103,18 @@ def spoil_template(task: Path) -> None:
     (task / "templates.txt").write_text("a photo of something\n")
 
 
+def name_a_field(task: Path) -> None:
+    (task / "templates.txt").write_text("a {} photo of a {nice} thing\n")
+
+
+def open_brace(task: Path) -> None:
+    (task / "templates.txt").write_text("a photo of a {} {\n")
+
+
+def remove_train(task: Path) -> None:
+    (task / "train").rename(task / "training")
+
+
 def empty_templates(task: Path) -> None:
     (task / "templates.txt").write_text("\n")
 
@@ -115,6 +131,9 @@ def same_class_twice(task: Path) -> None:
         (rename_class, "class 'purple' is in test only"),
         (remove_test, "test.*[Nn]o such file"),
         (spoil_template, r"template 'a photo of something' needs exactly one '\{\}'"),
+        (name_a_field, r"template 'a \{\} photo of a \{nice\} thing' needs exactly one"),
+        (open_brace, r"template 'a photo of a \{\} \{' needs exactly one"),
+        (remove_train, "train.*[Nn]o such file"),
         (empty_templates, "at least one template"),
         (same_class_twice, "class names must be unique"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from string import Formatter
 from typing import Any, Literal
 
 from PIL.Image import Image
@@ -54,9 +55,10 @@ class Task:
         if not self.templates:
             raise ValueError(f"task {self.name!r}: at least one template is needed, got none")
         for template in self.templates:
-            if template.count("{}") != 1:
+            if _fields(template) != [""]:
                 raise ValueError(
-                    f"task {self.name!r}: template {template!r} needs exactly one '{{}}'"
+                    f"task {self.name!r}: template {template!r} needs exactly one '{{}}' and no "
+                    "other brace"
                 )
 
     @property
@@ -69,6 +71,14 @@ class Task:
         if split not in ("train", "test"):
             raise ValueError(f"task {self.name!r}: split must be 'train' or 'test', got {split!r}")
         return TransformedDataset(self.load(split), transform)
+
+
+def _fields(template: str) -> list[str]:
+    """What stands in the braces of a template; none of one whose braces do not match."""
+    try:
+        return [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+    except ValueError:
+        return []
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from condu.tasks.benchmark import Benchmark, Task
@@ -31,9 +32,9 @@ def task_names(root: str | os.PathLike[str]) -> list[str]:
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
-    names = sorted(entry.name for entry in folder.iterdir() if (entry / "train").is_dir())
+    names = sorted(e.name for e in folder.iterdir() if e.is_dir() and e.name[0] != ".")
     if not names:
-        raise DataError(f"{folder} has no folder with a folder 'train' in it: no task")
+        raise DataError(f"{folder} has no folder in it: no task")
     return names
 
 
@@ -102,7 +103,7 @@ def _find(folder: Path) -> Finding:
 def _images(folder: Path) -> tuple[Images, list[str]]:
     """All images of a split in the order of their paths, and the folders of its classes."""
     try:
-        reader = ImageFolder(str(folder))
+        reader = ImageFolder(str(folder), is_valid_file=_is_image)
     except OSError as error:  # no folder, no classes, or none with an image
         raise DataError(f"{folder}: {error}") from None
     files = [Path(file) for file, _ in reader.samples]
@@ -111,12 +112,17 @@ def _images(folder: Path) -> tuple[Images, list[str]]:
     return Images(str(folder), reader, labels, files, rows), list(reader.classes)
 
 
+def _is_image(path: str) -> bool:
+    """By its suffix, of all that Pillow knows."""
+    return Path(path).suffix.lower() in Image.registered_extensions()
+
+
 def _templates(folder: Path) -> tuple[str, ...]:
     file = folder / "templates.txt"
     if not file.exists():
         return TEMPLATES
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # with or without Windows' mark
     except UnicodeDecodeError:
         raise DataError(f"{file}: is not text in UTF-8") from None
     return tuple(line.strip() for line in lines if line.strip())
