@@ -148,12 +148,14 @@ def expected_percent(rail: Rail, index: int, protocol: str, position: int) -> fl
     adapter, right = rail.adapter(frozen.features).numpy(), 0
     for feature, adapted, label in zip(frozen.features, adapter, frozen.labels, strict=True):
         powers = np.exp(float(model.logit_scale.detach().exp()) * heads @ feature.double().numpy())
-        scores = list(powers / powers.sum())
-        if int(np.argmax(scores)) < len(adapted):
+        answers = [n for n, (name, _) in enumerate(numbers) if name in allowed]
+        # who else there is decides whether the adapter has a say, unless the protocol names them
+        known = answers if protocol == "union-odcl-cil" else range(len(numbers))
+        scores = list(powers / sum(powers[n] for n in known))
+        if max(known, key=lambda n: scores[n]) < len(adapted):
             scores = [0.2 * p for p in scores]
             for number, value in enumerate(adapted):
                 scores[number] += 0.8 * value
-        answers = [n for n, (name, _) in enumerate(numbers) if name in allowed]
         best = max(answers, key=lambda number: scores[number])
         right += numbers[best] == (task.name, int(label))
     return 100 * right / len(frozen.labels)

@@ -42,12 +42,11 @@ def answer(zero_shot: Tensor, adapter: Tensor, weight: float) -> Tensor:
 
 
 class Rail(Method):
-    """`task-id`: over the classes of the data set alone; of a seen task zero-shot and adapter are
-    fused, an unseen one is answered zero-shot. `agnostic`: over the classes of all data sets it is
-    decided, as in RAIL, which images the adapter has a say on; the answer is then the best of the
-    classes of the data set. `union-x-tail` is RAIL's own: the best of all classes;
-    `union-odcl-cil` leaves those that it lets an answer be. The factor 100 of the paper's logits is
-    the model's exp(logit_scale).
+    """`task-id` and `union-odcl-cil`: over the classes that the protocol names alone; of a seen
+    task zero-shot and adapter are fused, an unseen one is answered zero-shot. `union-x-tail` is
+    RAIL's own: over the classes of all data sets it is decided which images the adapter has a say
+    on, and the answer is the best of them all; `agnostic`: the same, and the best of the classes of
+    the data set. The factor 100 of the paper's logits is the model's exp(logit_scale).
 
     Classes are numbered through all tasks in their order. Nothing is fine-tuned.
     """
@@ -85,18 +84,18 @@ class Rail(Method):
             frozen = self.evaluator.frozen_answers(task)
             adapter = self.adapter(frozen.features)
             logits = self._scale * frozen.features @ self._heads.T
-            block = slice(self.offsets[position], self.offsets[position + 1])
             fused: Tensor | None = None
             for protocol, row in rows.items():
                 labels = label_set(protocol, task, tasks, seen)
-                if protocol == "task-id":
-                    own = adapter[:, block if position <= index else slice(0)]
-                    scores = answer(logits[:, block], own, weight)
-                else:  # of the union, whose tasks were learnt in their order: no gaps
+                start = starts[labels.names[0]]
+                named = slice(start, start + labels.size)  # tasks are learnt in order: no gaps
+                if protocol in ("task-id", "union-odcl-cil"):
+                    own = adapter[:, named if position <= index else slice(0)]
+                    scores = answer(logits[:, named], own, weight)
+                else:
                     if fused is None:
                         fused = answer(logits, adapter, weight)
-                    start = starts[labels.names[0]]
-                    scores = fused[:, start : start + labels.size]
+                    scores = fused[:, named]
                 row.accuracy.append(percent_right(scores, frozen.labels + labels.first))
         return rows
 
