@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from condu.report.tables import NARROW, UNDEFINED, percent
+from condu.report.tables import NARROW, percent
 
 COLUMNS = (
     ("Transfer", "task-id", "transfer"),
@@ -30,7 +30,7 @@ def table(results: Mapping[str, Any]) -> Table:
         **NARROW,
     )
     drawn.add_column("variant", no_wrap=True)
-    for title, protocol, _ in COLUMNS:
+    for title, protocol, _ in _columns(results):
         drawn.add_column(f"{title}\n{SHORT[protocol]}", justify="right")
     group = None
     for row, cells in _lines(results):
@@ -45,10 +45,10 @@ def table(results: Mapping[str, Any]) -> Table:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The same in Markdown."""
-    header = [f"{title} {SHORT[protocol]}" for title, protocol, _ in COLUMNS]
+    header = [f"{title} {SHORT[protocol]}" for title, protocol, _ in _columns(results)]
     lines = [
         "| | variant | " + " | ".join(header) + " |",
-        "|---|---|" + "---:|" * len(COLUMNS),
+        "|---|---|" + "---:|" * len(header),
     ]
     group = None
     for row, cells in _lines(results):
@@ -70,20 +70,22 @@ def ties(results: Mapping[str, Any]) -> str:
     )
 
 
+def _columns(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Those that were measured and are defined: title, protocol, metric."""
+    protocols = results["rows"][0]["protocols"]
+    return [column for column in COLUMNS if protocols[column[1]][column[2]] is not None]
+
+
 def _lines(results: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
-    default, *others = results["rows"]
-    yield default, [percent(default["protocols"][p][metric]) for _, p, metric in COLUMNS]
-    for row in others:
-        yield (
-            row,
-            [
-                _difference(row["protocols"][p][metric], default["protocols"][p][metric])
-                for _, p, metric in COLUMNS
-            ],
-        )
+    columns = _columns(results)
+    default, *others = (
+        (row, [row["protocols"][protocol][metric] for _, protocol, metric in columns])
+        for row in results["rows"]
+    )
+    yield default[0], [percent(value) for value in default[1]]
+    for row, values in others:
+        yield row, [_difference(*pair) for pair in zip(values, default[1], strict=True)]
 
 
-def _difference(value: float | None, default: float | None) -> str:
-    if value is None or default is None:
-        return UNDEFINED
-    return f"{value - default:+.1f}"
+def _difference(value: float, default: float) -> str:
+    return f"{round(value - default, 1) + 0.0:+.1f}"  # + 0.0, for a -0.0 is no change either
