@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from condu.theory.repetition import RESOLUTION
 
@@ -72,18 +73,19 @@ def _change(deltas: Mapping[str, Any]) -> Figure:
     axes = figure.add_subplot()
     for place, (name, found) in enumerate(deltas.items()):
         tasks = np.array([row["tasks"] for row in found["joining"]])
-        changes = np.array([row["delta_change"] for row in found["joining"]])
+        changes = np.array([100 * row["delta_change"] for row in found["joining"]])
         changes[changes == 0] = np.nan
         power = found["decay"]
-        fit = "" if power is None else f", falls as n^{power:.2f} in the last half"
+        fit = "" if power is None else f": as n^{power:.2f} in the second half"
         _line(axes, tasks, changes, place, f"{name} deltas{fit}")
-    axes.plot(tasks, 1 / tasks, color="#666666", lw=1, ls="--", label="1/n")
+    axes.plot(tasks, 100 / tasks, color="#666666", lw=1, ls="--", label="1/n")
     _finish(axes, "Corollary F.6", "n, the task that joins")
     axes.set_xscale("log")
-    marks = [n for n in (2, 5, 10, 20, 50, 100) if n <= tasks[-1]]
-    axes.set_xticks(marks, [str(n) for n in marks])
-    axes.minorticks_off()
-    axes.set_ylabel("mean L1 change of the old deltas, relative")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    axes.set_ylabel("mean L1 change of the old deltas (%)")
     axes.legend(frameon=False, fontsize=9)
     return figure
 

@@ -49,7 +49,7 @@ def _repetition_table(record: Mapping[str, Any]) -> Table:
 
 def _joining_table(name: str, found: Mapping[str, Any]) -> Table:
     power = found["decay"]
-    falls = "" if power is None else f"; the last column falls as n^{power:.2f} over the last half"
+    falls = "" if power is None else f"; the last column goes as n^{power:.2f} over the second half"
     table = Table(
         title=f"Theorem F.5, Corollary F.6: task n joins, {name} deltas",
         caption=f"percent; elected sign, winner, won by n: of the elements moved before{falls}",
