@@ -67,7 +67,7 @@ def matrices(protocols: dict[str, Any]) -> dict[str, Any]:
 def condu_of(out: Path) -> dict[str, Any]:
     """The matrices of the method condu in a run's results."""
     method = json.loads((out / "results.json").read_text())["methods"]["condu"]
-    return matrices(method.get("protocols", method))
+    return matrices(method["protocols"])
 
 
 def weights_of(run: Path) -> list[dict[str, Tensor]]:
