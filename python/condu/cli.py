@@ -189,8 +189,8 @@ def _run(config: RunConfig, out: Path, *, resume: bool = False, quiet: bool) -> 
     # under a launcher several processes run this command: one of them talks
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     progress = RunProgress(console, quiet=quiet)
-    progress.line(f"run folder: {out}")
     trainer = ContinualTrainer.from_config(config, out, progress=progress)
+    progress.line(f"run folder: {out}")
     try:
         results = trainer.run(resume=resume)
     except KeyboardInterrupt:

@@ -49,6 +49,8 @@ def check_data(
             print(json.dumps({**facts, "datasets": datasets}, indent=1))
         else:
             _print(benchmark, findings)
+            if benchmark == "mtil" and any(folder.glob("*/train/*")):
+                print("\ntasks of your own, a folder for each? that is --benchmark folders")
         if not complete:
             raise typer.Exit(1)
 

@@ -62,7 +62,10 @@ class ContinualTrainer:
         """Load the model and the benchmark that a configuration names. `ConfigError` if it names
         tasks that the benchmark does not have, or a model that cannot answer them."""
         benchmark = make_benchmark(config)  # first, for a model may have to be downloaded
-        live = load_model(config.model.name, config.model.pretrained)
+        try:
+            live = load_model(config.model.name, config.model.pretrained)
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from None
         for task in benchmark:
             if not isinstance(task, live.task_type):
                 raise ConfigError(

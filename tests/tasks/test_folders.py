@@ -149,7 +149,16 @@ def test_what_is_wrong_is_named(tmp_path: Path, damage: Any, expected: str) -> N
     assert str(error.value).removeprefix(str(tmp_path))[:30] in result.stdout
 
 
+def test_a_forgotten_option_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "colours")
+    result = CliRunner().invoke(app, ["data", "check", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stdout.endswith("that is --benchmark folders\n")
+
+
 def test_no_task_and_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"benchmark\.root: .*nowhere is not a folder"):
+        make_benchmark(config(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="no task"):
         folders_benchmark(tmp_path)
     with pytest.raises(DataError, match="is not a folder"):

@@ -10,6 +10,7 @@ from condu.config import ON_DISK, BenchmarkConfig, ConfigError, RunConfig
 from condu.tasks import load_benchmark
 from condu.tasks.benchmark import Benchmark
 from condu.tasks.folders import folders_benchmark, task_names
+from condu.tasks.images import DataError
 from condu.tasks.mtil import ORDERS
 from condu.tasks.mtil.tasks import mtil_benchmark
 
@@ -21,7 +22,10 @@ def make_benchmark(config: RunConfig) -> Benchmark:
     if wanted.name == "mtil":
         names = list(ORDERS["I"])
     elif wanted.name == "folders":
-        names = task_names(_root(wanted))
+        try:
+            names = task_names(_root(wanted))
+        except DataError as error:
+            raise ConfigError(f"benchmark.root: {error}") from None
     else:
         benchmark = load_benchmark(wanted.name, seed=wanted.seed)
         names = [task.name for task in benchmark]
