@@ -119,7 +119,7 @@ def test_votes_are_shown_where_the_task_is_not_given(tmp_path: Path) -> None:
     page = written(tmp_path / "both", both, features=None)
     votes = page[page.index('id="votes"') : page.index('id="fusion"')]
     assert "<summary>agnostic" in votes
-    assert "<summary>task-id" not in votes  # there, all answers are by the data set's own expert
+    assert "<summary>task-id" not in votes  # there, it is the data set's own task
     given = results(methods=("condu",), protocols=("task-id",))
     assert 'id="votes"' not in written(tmp_path / "given", given, features=None)
 

@@ -103,11 +103,11 @@ def test_an_unfinished_run_and_an_older_format_are_refused(tmp_path: Path) -> No
 def test_votes_are_shares_of_each_data_set_in_the_end(tmp_path: Path) -> None:
     found = results(tasks=("a", "b"), methods=("condu", "zero_shot"))
     found["methods"]["condu"]["protocols"]["agnostic"]["votes"] = [
-        [[1, 9], [1, 9]],
-        [[30, 10, 0], [0, 0, 8]],
+        [[10], [8]],
+        [[30, 10], [0, 8]],
     ]
     (experiment,) = gather([write_run(tmp_path / "a", found, features=None)])
-    assert experiment.votes("condu", "agnostic") == [[75, 25, 0], [0, 0, 100]]
+    assert experiment.votes("condu", "agnostic") == [[75, 25], [0, 100]]
     assert experiment.votes("zero_shot", "task-id") is None
 
 

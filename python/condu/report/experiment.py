@@ -84,9 +84,8 @@ class Experiment:
         return cell
 
     def votes(self, method: str, protocol: str) -> list[list[float]] | None:
-        """Percent of the answers that each expert gave on each data set (rows) in the end, as the
-        mean over the seeds; the last column is the pretrained model. None of a method that does not
-        vote."""
+        """Percent of the images of each data set (rows) whose first choice was each task (columns)
+        in the end, as the mean over the seeds. None of a method that does not vote."""
         found = [run.results["methods"][method]["protocols"][protocol] for run in self.runs]
         if found[0].get("votes") is None:
             return None

@@ -91,7 +91,7 @@ def _protocol_part(
         )
         for experiment, method in pairs
     )
-    # with the task given, every data set is answered by its own expert in the end
+    # with the task given, every data set's first choice is its own task in the end
     voters = [] if protocol == "task-id" else pairs
     votes = (vote_matrix(experiment, method, protocol) for experiment, method in voters)
     return ProtocolPart(
