@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from condu.labels import LabelSet
-from condu.voting import PRETRAINED, SemanticVoting, Votes
+from condu.voting import SemanticVoting, Votes
 
 if TYPE_CHECKING:
     from condu.tasks.benchmark import Task
@@ -51,9 +51,9 @@ class Ballot:
         weights [M]."""
         self.scores[indices, columns] += weight.unsqueeze(1) * self.voting.scores(logits)
 
-    def turnout(self, tasks: int) -> list[int]:
-        """Images that each of so many experts, and the pretrained model, was voted for on."""
-        return [int((self.weight(e) > 0).sum()) for e in (*range(tasks), PRETRAINED)]
+    def first_choices(self, tasks: int) -> list[int]:
+        """Images of which each of so many tasks is the first choice."""
+        return torch.bincount(self.votes.first_choices, minlength=tasks).tolist()
 
     def accuracy(self) -> float:
         return percent_right(self.scores, self.truth)

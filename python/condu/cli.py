@@ -183,7 +183,7 @@ def doctor() -> None:
 
 def _run(config: RunConfig, out: Path, *, resume: bool = False, quiet: bool) -> None:
     from condu.progress import RunProgress
-    from condu.report import misalignment, summary_table
+    from condu.report import misalignment, summary_tables
     from condu.trainer import ContinualTrainer
 
     # under a launcher several processes run this command: one of them talks
@@ -196,7 +196,8 @@ def _run(config: RunConfig, out: Path, *, resume: bool = False, quiet: bool) -> 
     except KeyboardInterrupt:
         complain(f"interrupted; to go on: condu run {out / 'config.yaml'} --out {out} --resume")
         raise typer.Exit(130) from None
-    console.print(summary_table(results))
+    for table in summary_tables(results):
+        console.print(table)
     if line := misalignment(results):
         console.print(line, highlight=False)
     progress.line(

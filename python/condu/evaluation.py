@@ -41,8 +41,8 @@ class Row:
     """One row of an accuracy matrix.
 
     ``accuracy``: percent per dataset, unrounded, in the order of the datasets. ``votes[d][e]``:
-    images of dataset d that expert e answered; one column per task of the prototype set, in its
-    order, and a last one for the pretrained model. None where nobody votes.
+    images of dataset d whose first choice was task e, the most similar one, or the one that is
+    known; one column per task of the prototype set, in its order. None where nobody votes.
     """
 
     accuracy: list[float]
@@ -226,7 +226,7 @@ class Evaluator:
         return {
             protocol: Row(
                 [ballot.accuracy() for ballot in row],
-                [ballot.turnout(len(prototypes)) for ballot in row],
+                [ballot.first_choices(len(prototypes)) for ballot in row],
             )
             for protocol, row in ballots.items()
         }

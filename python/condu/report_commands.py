@@ -43,7 +43,7 @@ def report(
 
 
 def _show(folder: Path) -> None:
-    from condu.report import matrix_table, misalignment, summary_table
+    from condu.report import matrix_table, misalignment, summary_tables
     from condu.report.plots import save_plots
     from condu.runfolder import RunFolder
 
@@ -52,7 +52,8 @@ def _show(folder: Path) -> None:
     for name, method in results["methods"].items():
         for protocol in method["protocols"]:
             console.print(matrix_table(results, name, protocol))
-    console.print(summary_table(results))
+    for table in summary_tables(results):
+        console.print(table)
     if line := misalignment(results):
         console.print(line, highlight=False)
     for file in save_plots(results, folder / "report"):

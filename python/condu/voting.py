@@ -33,6 +33,12 @@ class Votes(NamedTuple):
     experts: Tensor
     weights: Tensor
 
+    @property
+    def first_choices(self) -> Tensor:
+        """The most similar task of each image, int64 [B]."""
+        first = (self.experts != PRETRAINED).int().argmax(dim=1, keepdim=True)  # of equals, first
+        return self.experts.gather(1, first).squeeze(1)
+
 
 @dataclass(frozen=True)
 class SemanticVoting:

@@ -48,12 +48,12 @@ def test_votes_are_of_methods_that_vote_and_count_every_image(results: dict[str,
     protocols = results["methods"]["condu"]["protocols"]
     known, unknown = protocols["task-id"]["votes"], protocols["agnostic"]["votes"]
     for session, (own, voted) in enumerate(zip(known, unknown, strict=True)):
-        experts = session + 2  # one for each task so far, and the pretrained model
-        assert [len(row) for row in own + voted] == [experts] * 4
-        for data_set in range(session + 1):
-            expected = [IMAGES * (expert == data_set) for expert in range(experts)]
+        tasks = session + 1  # so far
+        assert [len(row) for row in own + voted] == [tasks] * 4
+        for data_set in range(tasks):
+            expected = [IMAGES * (task == data_set) for task in range(tasks)]
             assert own[data_set] == expected
-        assert all(IMAGES <= sum(row) <= IMAGES * experts for row in voted)
+        assert all(sum(row) == IMAGES for row in voted)
 
 
 def test_seconds_are_the_sums_of_the_sessions(results: dict[str, Any]) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from PIL import Image
 from rich.console import Console
+from rich.table import Table
 
-from condu.report import matrix_table, misalignment, summary_table
+from condu.report import matrix_table, misalignment, summary_tables
 from condu.report.plots import save_plots
-from condu.report.tables import percent
+from condu.report.tables import SUMMARY, percent
 
 
 def results(tasks: int = 2) -> dict[str, Any]:
@@ -50,7 +51,8 @@ def printed(table: object) -> list[str]:
 
 
 def test_the_summary_has_one_line_a_method_within_80_columns() -> None:
-    lines = printed(summary_table(results()))
+    (table,) = summary_tables(results())
+    lines = printed(table)
     cells = {line.split()[0]: line.split()[1:] for line in lines if "12.3" in line}
     assert cells == {
         "individual_lora": ["10.0", "11.0", "12.0", "-10.0", "–", "–", "12.3", "0"],
@@ -58,6 +60,41 @@ def test_the_summary_has_one_line_a_method_within_80_columns() -> None:
     }
     assert "Transfer  Average  Last" in " ".join(lines)  # not cut
     assert any("tiny: 2 tasks, seed 7" in line for line in lines)
+
+
+def evaluated_with(*protocols: str) -> dict[str, Any]:
+    """`two` with each of the protocols, higher by ten each time; the other with the first."""
+    found = results()
+    methods = found["methods"]
+    tables = [results()["methods"]["two"]["protocols"]["task-id"] for _ in protocols]
+    for place, table in enumerate(tables):
+        table.update({metric: 10.0 * place + n for n, metric in enumerate(SUMMARY)})
+    methods["two"]["protocols"] = dict(zip(protocols, tables, strict=True))
+    methods["individual_lora"]["protocols"] = {protocols[0]: tables[0]}
+    return found
+
+
+def cells(table: Table, method: str) -> list[str]:
+    return next(line.split()[1:] for line in printed(table) if line.split()[:1] == [method])
+
+
+def test_a_union_of_classes_has_a_summary_of_its_own() -> None:
+    known, seen, all_of_them = summary_tables(
+        evaluated_with("task-id", "agnostic", "union-odcl-cil", "union-x-tail")
+    )
+    assert cells(known, "two") == ["0.0", "1.0", "2.0", "3.0", "11.0", "12.0", "12.3", "12"]
+    assert cells(seen, "two") == ["20.0", "21.0", "22.0", "23.0"]
+    assert cells(all_of_them, "two") == ["30.0", "31.0", "32.0", "33.0"]
+    assert any("protocol union-odcl-cil" in line for line in printed(seen))
+    assert any("protocol union-x-tail" in line for line in printed(all_of_them))
+    assert not any("individual_lora" in line for line in printed(seen))
+
+
+@pytest.mark.parametrize("protocol", ["task-id", "agnostic", "union-odcl-cil", "union-x-tail"])
+def test_the_summary_of_one_protocol_has_no_gaps(protocol: str) -> None:
+    (table,) = summary_tables(evaluated_with(protocol))
+    for method, costs in (("individual_lora", ["12.3", "0"]), ("two", ["12.3", "12"])):
+        assert cells(table, method) == ["0.0", "1.0", "2.0", "3.0", *costs]
 
 
 def test_misalignment_is_the_mean_over_tasks_and_only_of_methods_that_merge() -> None:
@@ -70,7 +107,8 @@ def test_misalignment_is_the_mean_over_tasks_and_only_of_methods_that_merge() ->
 
 
 def test_what_one_task_leaves_undefined_is_a_dash() -> None:
-    line = next(line for line in printed(summary_table(results(1))) if "individual_lora" in line)
+    (table,) = summary_tables(results(1))
+    line = next(line for line in printed(table) if "individual_lora" in line)
     assert line.split()[1] == "–"
 
 
@@ -106,6 +144,12 @@ def test_one_picture_a_matrix_and_a_summary(tmp_path: Path, tasks: int) -> None:
         with Image.open(file) as image:
             assert min(image.size) > 200
             assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 50  # something is drawn
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_tasks_are_no_mathematics_and_may_be_of_any_script(tmp_path: Path) -> None:
+    found = results(3) | {"tasks": ["costs_$5_to_$10", "한국어", "a\x07b\n"]}
+    assert all(file.stat().st_size > 0 for file in save_plots(found, tmp_path))
 
 
 def test_the_pictures_show_the_numbers(tmp_path: Path) -> None:

@@ -217,6 +217,39 @@ def test_a_phone_never_scrolls_sideways(
     assert page.locator("#matrices .scroll").first.evaluate("e => e.clientWidth") < 360
 
 
+@pytest.mark.parametrize("which", ["report", "mtil"])
+def test_a_phone_shows_transfer_average_and_last(
+    open_page: Show, request: pytest.FixtureRequest, which: str
+) -> None:
+    page = open_page(request.getfixturevalue(which), width=360)
+    table = page.locator("table.list", has=page.locator(".measured")).first
+    cell = "td:nth-child(4)"  # after the name, Transfer and Average
+    for place in ("thead th:nth-child(4)", f".measured tr:last-child {cell}"):
+        box = table.locator(place).bounding_box()
+        assert box is not None
+        assert box["x"] + box["width"] <= 360
+    around = table.locator("..")
+    assert around.evaluate("e => e.scrollWidth > e.clientWidth")  # so there is more to see
+    assert "gradient" in around.evaluate("e => getComputedStyle(e).backgroundImage")
+    names = table.locator(".measured th").first
+    before = names.bounding_box()
+    around.evaluate("e => e.scrollLeft = 1000")
+    assert names.bounding_box() == before
+
+
+def test_a_phone_shows_what_the_divider_says(open_page: Show, mtil: str) -> None:
+    page = open_page(mtil, width=360)
+    words = page.locator("#results .divider span").first
+    around = words.locator("xpath=ancestor::div[1]")
+    for left in (0, 1000):
+        around.evaluate(f"e => e.scrollLeft = {left}")
+        box = words.bounding_box()
+        assert box is not None
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 360
+    assert "not measured here" in words.inner_text()
+
+
 def test_paper_shows_everything(open_page: Show, report: str) -> None:
     page = open_page(report, scheme="dark")
     page.emulate_media(media="print")

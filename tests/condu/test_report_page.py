@@ -119,7 +119,7 @@ def test_votes_are_shown_where_the_task_is_not_given(tmp_path: Path) -> None:
     page = written(tmp_path / "both", both, features=None)
     votes = page[page.index('id="votes"') : page.index('id="fusion"')]
     assert "<summary>agnostic" in votes
-    assert "<summary>task-id" not in votes  # there, all answers are by the data set's own expert
+    assert "<summary>task-id" not in votes  # there, it is the data set's own task
     given = results(methods=("condu",), protocols=("task-id",))
     assert 'id="votes"' not in written(tmp_path / "given", given, features=None)
 
@@ -184,6 +184,26 @@ def test_published_rows_are_apart_from_measured_ones(tmp_path: Path) -> None:
     assert "(voting code, rescale tensor_mean); the runs here have voting paper" in page
 
 
+@pytest.mark.parametrize(
+    ("model", "another"),
+    [
+        ({"name": "ViT-B-16", "pretrained": "openai"}, None),
+        ({"name": "ViT-B-16-quickgelu", "pretrained": "openai"}, None),
+        ({"name": "ViT-B-16", "pretrained": "laion2b_s34b_b88k"}, "ViT-B-16 (laion2b_s34b_b88k)"),
+        ({"name": "ViT-L-14", "pretrained": "openai"}, "ViT-L-14 (openai)"),
+        ({"name": "mini", "pretrained": None}, "mini"),
+    ],
+)
+def test_published_rows_beside_another_model_say_so(
+    tmp_path: Path, model: dict[str, Any], another: str | None
+) -> None:
+    found = results(benchmark="mtil", tasks=ORDERS["I"], methods=("zero_shot",), model=model)
+    texts = Reader(written(tmp_path, found, features=None)).texts
+    (divider,) = (text for text in texts if "not measured here" in text)
+    said = f"here; the runs above have another model: {another}" if another else "here"
+    assert divider.endswith(f"not measured {said}")
+
+
 def test_what_differs_between_configurations_is_said(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path / "-".join(methods), results(methods=methods), features=None)
@@ -233,6 +253,26 @@ def test_what_is_no_page_is_refused_before_anything_is_read(tmp_path: Path) -> N
     with pytest.raises(ReportError, match=r"must end with \.html, got .*results\.json"):
         write_page([tmp_path / "none"], tmp_path / "results.json")
     assert (tmp_path / "results.json").read_text() == "{}"
+
+
+def test_the_page_may_be_called_html_in_capitals(tmp_path: Path) -> None:
+    write_page([write_run(tmp_path / "run", results(), features=None)], tmp_path / "PAGE.HTML")
+    assert (tmp_path / "PAGE.HTML").stat().st_size > 0
+
+
+def test_a_page_that_cannot_be_written_is_named_as_it_was_given(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", results(), features=None)
+    path = tmp_path / ("x" * 250 + ".html")  # longer than a name may be, with what is added to it
+    with pytest.raises(ReportError, match=r"-o: \S*/x{250}\.html cannot be written: File name too"):
+        write_page([folder], path)
+
+
+def test_a_run_has_a_name_where_its_folder_is_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_run(tmp_path / "seven-tasks", results(), features=None))
+    write_page([Path()], tmp_path / "report.html")
+    assert "seven-tasks" in Reader((tmp_path / "report.html").read_text()).texts
 
 
 def test_after_an_error_the_old_page_is_there(tmp_path: Path) -> None:

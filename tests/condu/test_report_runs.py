@@ -60,6 +60,30 @@ def test_where_the_data_are_is_no_difference(tmp_path: Path) -> None:
     assert len(gather([here, there])) == 1
 
 
+def of_folders(folder: Path, root: str, *, seed: int, first: str = "a tit") -> Path:
+    found = results(tasks=("birds", "tools"), methods=("zero_shot",), seed=seed)
+    found["benchmark"] = "folders"
+    found["configuration"]["benchmark"] |= {"name": "folders", "root": root}
+    found["classes"]["birds"][0] = first
+    return write_run(folder, found, features=None)
+
+
+def test_other_folders_of_images_are_other_data(tmp_path: Path) -> None:
+    ours = of_folders(tmp_path / "a", "data/own", seed=1)
+    theirs = of_folders(tmp_path / "b", "data/other", seed=1)
+    again = of_folders(tmp_path / "c", "data/own", seed=2)
+    one, two = gather([ours, theirs, again])
+    assert (one.seeds, two.seeds) == ((1, 2), (1,))
+    assert differences([one, two]) == {"benchmark.root": ["data/own", "data/other"]}
+
+
+def test_other_classes_of_a_task_are_refused(tmp_path: Path) -> None:
+    ours = of_folders(tmp_path / "a", "data", seed=1)
+    theirs = of_folders(tmp_path / "b", "data", seed=2, first="a magpie")
+    with pytest.raises(ReportError, match=r"task 'birds' .* a tit, .*in .*/a, a magpie, .*in .*/b"):
+        gather([ours, theirs])
+
+
 def test_other_settings_are_other_experiments_with_what_differs(tmp_path: Path) -> None:
     folders = [
         run(tmp_path / "a", seed=1),
@@ -103,11 +127,11 @@ def test_an_unfinished_run_and_an_older_format_are_refused(tmp_path: Path) -> No
 def test_votes_are_shares_of_each_data_set_in_the_end(tmp_path: Path) -> None:
     found = results(tasks=("a", "b"), methods=("condu", "zero_shot"))
     found["methods"]["condu"]["protocols"]["agnostic"]["votes"] = [
-        [[1, 9], [1, 9]],
-        [[30, 10, 0], [0, 0, 8]],
+        [[10], [8]],
+        [[30, 10], [0, 8]],
     ]
     (experiment,) = gather([write_run(tmp_path / "a", found, features=None)])
-    assert experiment.votes("condu", "agnostic") == [[75, 25, 0], [0, 0, 100]]
+    assert experiment.votes("condu", "agnostic") == [[75, 25], [0, 100]]
     assert experiment.votes("zero_shot", "task-id") is None
 
 

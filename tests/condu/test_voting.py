@@ -93,6 +93,14 @@ def test_pretrained_comes_first_with_an_equal_share(three: PrototypeSet) -> None
     torch.testing.assert_close(votes.weights, expected)
 
 
+def test_the_first_choice_is_a_task_whoever_else_votes(three: PrototypeSet) -> None:
+    features = torch.tensor([[0.6, 0.0, 0.8, 0.0], [0.0, 0.0, 0.6, 0.8], [1.0, 0.0, 1.0, 1.0]])
+    for k in (1, 2, 9):
+        for include_pretrained in (False, True):
+            voting = SemanticVoting(k=k, include_pretrained=include_pretrained)
+            assert voting.vote(features, three).first_choices.tolist() == [1, 2, 0]
+
+
 def test_code_preset_is_uniform_over_pretrained_and_top_four() -> None:
     tasks = {f"t{i}": torch.eye(8)[i : i + 1] for i in range(6)}
     voting = SemanticVoting.preset("code")

@@ -104,14 +104,10 @@ def _table(draw: np.random.Generator, count: int, votes: bool) -> dict[str, Any]
     if votes:
         found["votes"] = [
             [
-                [
-                    int(v)
-                    for v in draw.integers(0, 30, session + 2)
-                    + 90 * (np.arange(session + 2) == task)
-                ]
+                [int(v) for v in draw.integers(0, 30, tasks) + 90 * (np.arange(tasks) == task)]
                 for task in range(count)
             ]
-            for session in range(count)
+            for tasks in range(1, count + 1)
         ]
     return found
 

@@ -14,8 +14,9 @@ PROTOCOLS = {
     "task-id": "The data set is given. A task that was learnt is answered by its own expert, one "
     "that was not by what the method has for unknown data.",
     "agnostic": "Which expert to ask is not given; the class names of the data set are.",
-    "union-odcl-cil": "Neither the data set nor its class names are given: the answer is one of "
-    "all classes seen so far, and of a data set not learnt yet one of those and its own.",
+    "union-odcl-cil": "Of a data set that was learnt, neither it nor its class names are given: "
+    "the answer is one of all classes learnt so far. One that was not, so all of Transfer, is "
+    "answered among its own classes.",
     "union-x-tail": "Neither the data set nor its class names are given: the answer is one of "
     "all classes of the benchmark, seen or not.",
 }
@@ -32,7 +33,7 @@ def lead(tasks: Sequence[str]) -> str:
 
 
 def at_a_glance(experiments: Sequence[Experiment]) -> dict[str, str]:
-    models = dict.fromkeys(_model(experiment) for experiment in experiments)
+    models = dict.fromkeys(experiment.model for experiment in experiments)
     methods = dict.fromkeys(m for experiment in experiments for m in experiment.methods)
     seeds = sorted({seed for experiment in experiments for seed in experiment.seeds})
     runs = sum(len(experiment.runs) for experiment in experiments)
@@ -71,8 +72,3 @@ def configuration(experiment: Experiment) -> str:
         experiment.first["configuration"], sort_keys=False, allow_unicode=True, width=88
     )
     return "\n".join(printable(line) for line in text.splitlines())
-
-
-def _model(experiment: Experiment) -> str:
-    model = experiment.first["configuration"]["model"]
-    return f"{model['name']} ({model['pretrained']})" if model.get("pretrained") else model["name"]

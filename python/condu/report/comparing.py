@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from condu.report.experiment import METRICS, Experiment
-from condu.report.published import TABLES, PublishedTable
+from condu.report.published import CONFIGURED, TABLES, PublishedTable
 from condu.report.spread import Spread
 from condu.tasks.mtil import ORDERS
 
@@ -54,7 +54,7 @@ def measured_rows(experiments: Sequence[Experiment], protocol: str) -> list[Meas
 
 def published_for(experiments: Sequence[Experiment], protocol: str) -> list[PublishedTable]:
     """Published tables of the benchmark, order, number of training images and protocol that these
-    runs have; whether the model is the same is for the reader to judge."""
+    runs have; which of these have another model, `other_models` says."""
     first = experiments[0].first
     shots = {
         experiment.first["configuration"]["benchmark"].get("shots") for experiment in experiments
@@ -68,6 +68,18 @@ def published_for(experiments: Sequence[Experiment], protocol: str) -> list[Publ
         and ORDERS[table.order] == experiments[0].tasks
         and table.shots in shots
     ]
+
+
+def other_models(experiments: Sequence[Experiment], table: PublishedTable) -> list[str]:
+    """The models of these runs that are not the one of a published table."""
+    name, pretrained = CONFIGURED[table.model]
+    others = (
+        experiment.model
+        for experiment in experiments
+        for model in (experiment.first["configuration"]["model"],)
+        if not (model["name"].startswith(name) and model["pretrained"] == pretrained)
+    )
+    return list(dict.fromkeys(others))
 
 
 def published_elsewhere(experiments: Sequence[Experiment]) -> list[PublishedTable]:

@@ -29,15 +29,23 @@ class Run:
     results: Mapping[str, Any]
 
     @property
+    def name(self) -> str:
+        """Of the folder, also if that was given as `.`."""
+        return self.folder.resolve().name
+
+    @property
     def seed(self) -> int:
         return int(self.results["seed"])
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every key of the configuration that its numbers depend on, but for the seed."""
-        ignored = (*WITHOUT_EFFECT, "seed")
-        pairs = leaves(self.results["configuration"])
-        return {key: value for key, value in pairs if key not in ignored}
+        """Every key of the configuration that its numbers depend on, but for the seed. Folders of
+        images are whatever their root holds, so of those the root is one."""
+        values = dict(leaves(self.results["configuration"]))
+        ignored = {*WITHOUT_EFFECT, "seed"}
+        if values["benchmark.name"] == "folders":
+            ignored.remove("benchmark.root")
+        return {key: value for key, value in values.items() if key not in ignored}
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,14 @@ class Experiment:
     def methods(self) -> tuple[str, ...]:
         return tuple(self.first["methods"])
 
+    @property
+    def model(self) -> str:
+        """As the configuration calls it."""
+        model = self.first["configuration"]["model"]
+        return (
+            f"{model['name']} ({model['pretrained']})" if model.get("pretrained") else model["name"]
+        )
+
     def title(self, method: str) -> str:
         """A method's name in this report."""
         return f"{method} · {self.label}" if self.label else method
@@ -84,9 +100,8 @@ class Experiment:
         return cell
 
     def votes(self, method: str, protocol: str) -> list[list[float]] | None:
-        """Percent of the answers that each expert gave on each data set (rows) in the end, as the
-        mean over the seeds; the last column is the pretrained model. None of a method that does not
-        vote."""
+        """Percent of the images of each data set (rows) whose first choice was each task (columns)
+        in the end, as the mean over the seeds. None of a method that does not vote."""
         found = [run.results["methods"][method]["protocols"][protocol] for run in self.runs]
         if found[0].get("votes") is None:
             return None

@@ -10,6 +10,7 @@ from condu.report.comparing import (
     MeasuredRow,
     evaluated,
     measured_rows,
+    other_models,
     protocols_of,
     published_for,
 )
@@ -36,11 +37,12 @@ SIZES: dict[str, Callable[[Experiment, str], Spread | None]] = {
 
 @dataclass(frozen=True)
 class ProtocolPart:
-    """Everything that was measured with one protocol."""
+    """Everything that was measured with one protocol, and the published tables to stand beside it,
+    each with the models of these runs that are not its own."""
 
     name: str
     rows: list[MeasuredRow]
-    published: list[PublishedTable]
+    published: list[tuple[PublishedTable, list[str]]]
     bars: list[BarPanel]
     matrices: list[HeatMap]
     curves: list[LinePanel]
@@ -91,13 +93,16 @@ def _protocol_part(
         )
         for experiment, method in pairs
     )
-    # with the task given, every data set is answered by its own expert in the end
+    # with the task given, every data set's first choice is its own task in the end
     voters = [] if protocol == "task-id" else pairs
     votes = (vote_matrix(experiment, method, protocol) for experiment, method in voters)
     return ProtocolPart(
         name=protocol,
         rows=rows,
-        published=published_for(experiments, protocol),
+        published=[
+            (table, other_models(experiments, table))
+            for table in published_for(experiments, protocol)
+        ],
         bars=[panel for panel in bars if panel],
         matrices=[accuracy_matrix(experiment, method, protocol) for experiment, method in pairs],
         curves=[panel for panel in curves if panel],

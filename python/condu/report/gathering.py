@@ -20,8 +20,9 @@ def gather(folders: Sequence[Path]) -> list[Experiment]:
     """Read finished runs and put those that differ in nothing but the seed together.
 
     Experiments come in the order of their first folder, runs in that of their seeds. Raises
-    `ReportError` for runs over other tasks or another benchmark than the first, and for two of the
-    same configuration and seed; `RunFolderError` for a folder without results.
+    `ReportError` for runs over other tasks, other classes of a task or another benchmark than the
+    first, and for two of the same configuration and seed; `RunFolderError` for a folder without
+    results.
     """
     runs = [Run(folder, RunFolder(folder).load_results()) for folder in folders]
     groups: list[list[Run]] = []
@@ -63,6 +64,13 @@ def _same_tasks(first: Run, run: Run) -> None:
             raise ReportError(
                 f"one report is over the same tasks: {first.folder} has {key} {_text(ours)}, "
                 f"{run.folder} has {_text(theirs)}"
+            )
+    for task in first.results["tasks"]:
+        ours, theirs = (each.results["classes"].get(task, []) for each in (first, run))
+        if ours != theirs:
+            raise ReportError(
+                f"one report is over the same tasks: task {task!r} has the classes {_text(ours)} "
+                f"in {first.folder}, {_text(theirs)} in {run.folder}"
             )
 
 

@@ -9,7 +9,7 @@ from condu.report.experiment import Experiment
 from condu.report.tables import percent
 
 LEVELS = 51
-"""Colours from 0 to the greatest value; the page's style gives each its own."""
+"""Colours from 0 to 100 %; the page's style gives each its own."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,7 @@ def accuracy_matrix(experiment: Experiment, method: str, protocol: str) -> HeatM
             notes = [f"({spread.range(percent)})"] * spread.varies
             unseen = task > session
             notes += ["not learnt yet"] * unseen
-            cells.append(
-                Cell(percent(spread.mean), _level(spread.mean, 100), " ".join(notes), unseen)
-            )
+            cells.append(Cell(percent(spread.mean), _level(spread.mean), " ".join(notes), unseen))
         rows.append((learnt, cells))
     summary = (
         (name, experiment.metric(method, protocol, name))
@@ -66,24 +64,23 @@ def accuracy_matrix(experiment: Experiment, method: str, protocol: str) -> HeatM
 
 
 def vote_matrix(experiment: Experiment, method: str, protocol: str) -> HeatMap | None:
-    """Which experts (columns) answered the images of each data set (rows) in the end; None of a
-    method that does not vote."""
+    """Which task (columns) was the first choice of the images of each data set (rows) in the end;
+    None of a method that does not vote."""
     shares = experiment.votes(method, protocol)
     if shares is None:
         return None
-    greatest = max(share for row in shares for share in row)
     return HeatMap(
         title=experiment.title(method),
-        subtitle="share of a data set's votes, %",
-        corner="images of ↓ expert →",
-        tip="{value} % of the votes of {row} went to {column}",
-        columns=(*experiment.tasks, "pretrained"),
+        subtitle="first choice of a data set's images, %",
+        corner="images of ↓ task →",
+        tip="{value} % of the images of {row} are nearest to {column}",
+        columns=experiment.tasks,
         rows=[
-            (task, [Cell(percent(share), _level(share, greatest)) for share in row])
+            (task, [Cell(percent(share), _level(share)) for share in row])
             for task, row in zip(experiment.tasks, shares, strict=True)
         ],
     )
 
 
-def _level(value: float, greatest: float) -> int:
-    return round(value / (greatest or 1.0) * (LEVELS - 1))
+def _level(value: float) -> int:
+    return round(value / 100 * (LEVELS - 1))

@@ -38,9 +38,13 @@ def write_page(folders: Sequence[Path], path: Path) -> None:
     """
     if path.is_dir():
         raise ReportError(f"-o: {path} is a folder, it takes a file to write, such as report.html")
-    if path.suffix not in (".html", ".htm"):
+    if path.suffix.lower() not in (".html", ".htm"):
         raise ReportError(f"-o: the page is HTML, its name must end with .html, got {path}")
-    write_text(path, page(gather(folders)))
+    text = page(gather(folders))
+    try:
+        write_text(path, text)
+    except OSError as error:  # which would name the file beside it that is written first
+        raise ReportError(f"-o: {path} cannot be written: {error.strerror}") from error
 
 
 def page(experiments: Sequence[Experiment]) -> str:

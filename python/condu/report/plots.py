@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from condu.report.tables import percent
+from condu.terminal import printable
 
 COLOURS = (
     *("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7"),
@@ -37,7 +39,10 @@ def save_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _save(figure: Figure, file: Path) -> None:
-    FigureCanvasAgg(figure).print_png(file)
+    with warnings.catch_warnings():
+        # the font has no such letters; the file shows boxes, the tables the names
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        FigureCanvasAgg(figure).print_png(file)
 
 
 def _accuracy_matrix(title: str, tasks: list[str], table: Mapping[str, Any]) -> Figure:
@@ -54,8 +59,10 @@ def _accuracy_matrix(title: str, tasks: list[str], table: Mapping[str, Any]) -> 
             axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=9)
     borders = np.arange(count + 1) - 0.5
     axes.plot(np.repeat(borders[1:], 2)[:-1], np.repeat(borders[:-1], 2)[1:], color="white", lw=3)
-    axes.set_xticks(range(count), tasks, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(count), tasks)
+    names = [printable(task) for task in tasks]
+    plain: dict[str, Any] = {"parse_math": False}  # a name may hold dollars
+    axes.set_xticks(range(count), names, rotation=35, ha="right", rotation_mode="anchor", **plain)
+    axes.set_yticks(range(count), names, **plain)
     axes.set_xlim(-0.5, count - 0.5)
     axes.set_ylim(count - 0.5, -0.5)
     axes.set_xlabel("accuracy on (%)")

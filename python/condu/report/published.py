@@ -29,7 +29,7 @@ class PublishedTable:
     """Rows that were measured alike.
 
     `benchmark`, `protocol`, `shots` (None: all training images) and `order` are what a run has to
-    agree in, with `model`, before its numbers can be compared with these.
+    agree in to stand beside these rows; where its `model` is another one, that has to be said.
     """
 
     title: str
@@ -49,6 +49,8 @@ class PublishedTable:
 
 CONDU, PAM = "2503.10705", "2506.03189"
 CLIP = "CLIP ViT-B/16"
+CONFIGURED = {CLIP: ("ViT-B-16", "openai")}
+"""What `model.name` begins with in a run of a model, and what its `model.pretrained` is."""
 
 ZERO_SHOT = dict(
     zip(

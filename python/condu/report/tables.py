@@ -12,6 +12,9 @@ from rich.table import Table
 UNDEFINED = "–"
 NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
 """No vertical lines, so that seven tasks fit into 80 columns."""
+LABELS = {"task-id": "id", "agnostic": "no id"}
+"""Protocols that share a summary, and how they are told apart there."""
+SUMMARY = {"transfer": "Transfer", "average": "Average", "last": "Last", "bwt": "BWT"}
 
 
 def misalignment(results: Mapping[str, Any]) -> str | None:
@@ -32,38 +35,56 @@ def misalignment(results: Mapping[str, Any]) -> str | None:
     return f"weights misaligned with the global adapter before merging: {', '.join(means)}"
 
 
-def summary_table(results: Mapping[str, Any]) -> Table:
-    """One line a method: Transfer, Average, Last (which is ACC too) and BWT with the task known,
-    Average and Last without, and the time spent training and fusing. Accuracies in percent."""
+def summary_tables(results: Mapping[str, Any]) -> list[Table]:
+    """One line a method, accuracies in percent: one table with the task known and without, which
+    share their Transfer and BWT, and one for each union of classes that the run was evaluated with.
+    The first also has the seconds spent training and the milliseconds spent fusing."""
+    methods = results["methods"].values()
+    found = dict.fromkeys(protocol for method in methods for protocol in method["protocols"])
+    given = [protocol for protocol in LABELS if protocol in found]
+    unions = [[protocol] for protocol in found if protocol not in LABELS]
+    groups = [group for group in (given, *unions) if group]
+    return [_summary(results, group, costs=group is groups[0]) for group in groups]
+
+
+def _summary(results: Mapping[str, Any], protocols: list[str], *, costs: bool) -> Table:
+    """Of the first protocol all metrics, of the others Average and Last; the methods that were
+    evaluated with any of them."""
     tasks = len(results["tasks"])
     table = Table(
         title=f"{results['benchmark']}: {tasks} task{'s' * (tasks > 1)}, seed {results['seed']}",
-        caption="percent; (id), (no id): with and without the task given; Last is ACC",
+        caption=f"percent; {_meaning(protocols)}; Last is ACC",
         **NARROW,
     )
+    columns = [
+        (protocol, metric)
+        for protocol in protocols
+        for metric in (SUMMARY if protocol == protocols[0] else ("average", "last"))
+    ]
     table.add_column("method", no_wrap=True)
-    for column in (
-        "Transfer\n(id)",
-        "Average\n(id)",
-        "Last\n(id)",
-        "BWT\n(id)",
-        "Average\n(no id)",
-        "Last\n(no id)",
-        "train\ns",
-        "fuse\nms",
-    ):
+    for protocol, metric in columns:
+        label = LABELS.get(protocol)
+        table.add_column(SUMMARY[metric] + (f"\n({label})" if label else ""), justify="right")
+    for column in ("train\ns", "fuse\nms") if costs else ():
         table.add_column(column, justify="right")
     for name, method in results["methods"].items():
-        protocols = method["protocols"]
-        known, unknown = protocols.get("task-id", {}), protocols.get("agnostic", {})
-        table.add_row(
-            name,
-            *(percent(known.get(metric)) for metric in ("transfer", "average", "last", "bwt")),
-            *(percent(unknown.get(metric)) for metric in ("average", "last")),
-            f"{method['seconds']['train']:.1f}",
-            f"{1000 * method['seconds']['fuse']:.0f}",
-        )
+        measured = method["protocols"]
+        if not any(protocol in measured for protocol in protocols):
+            continue
+        cells = [percent(measured.get(protocol, {}).get(metric)) for protocol, metric in columns]
+        if costs:
+            seconds = method["seconds"]
+            cells += [f"{seconds['train']:.1f}", f"{1000 * seconds['fuse']:.0f}"]
+        table.add_row(name, *cells)
     return table
+
+
+def _meaning(protocols: list[str]) -> str:
+    return {
+        ("task-id", "agnostic"): "(id), (no id): with and without the task given",
+        ("task-id",): "(id): with the task given",
+        ("agnostic",): "(no id): without the task given",
+    }.get(tuple(protocols), f"protocol {protocols[0]}")
 
 
 def matrix_table(results: Mapping[str, Any], method: str, protocol: str) -> Table:
