@@ -119,8 +119,8 @@ class FineTunings:
             entries = self.live.model.state_dict().values()
             size = decimal(missing * sum(tensor.nbytes for tensor in entries))
             self.progress.line(
-                f"{number} models: {number - missing} there, {missing} to be fine-tuned, which takes"
-                f" {size} in {self.folder}"
+                f"{number} models: {number - missing} there, {missing} to be fine-tuned, "
+                f"which takes {size} in {self.folder}"
             )
 
     def _is_foreign(self) -> bool:

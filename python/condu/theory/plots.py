@@ -73,13 +73,13 @@ def _change(deltas: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for place, (name, found) in enumerate(deltas.items()):
-        tasks = np.array([row["tasks"] for row in found["joining"]])
+        tasks = [row["tasks"] for row in found["joining"]]
         changes = np.array([100 * row["delta_change"] for row in found["joining"]])
         changes[changes == 0] = np.nan
         power = found["decay"]
         fit = "" if power is None else f": as n^{power:.2f} in the second half"
         _line(axes, tasks, changes, place, f"{name} deltas{fit}")
-    axes.plot(tasks, 100 / tasks, color="#666666", lw=1, ls="--", label="1/n")
+    axes.plot(tasks, [100 / n for n in tasks], color="#666666", lw=1, ls="--", label="1/n")
     _finish(axes, "Corollary F.6", "n, the task that joins")
     axes.set_xscale("log")
     by_decade = LogLocator(subs=(1, 2, 5))
