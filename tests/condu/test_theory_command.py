@@ -161,7 +161,7 @@ def test_what_is_to_be_fine_tuned_is_said_first(monkeypatch: pytest.MonkeyPatch)
         assert line.endswith(" in here")
 
 
-@pytest.mark.parametrize("last", [3, 11, 23, 50])
+@pytest.mark.parametrize("last", [3, 11, 23, 51])
 def test_axes_of_tasks_mark_whole_numbers_and_the_last(last: int) -> None:
     rows = [
         {"tasks": n, "delta_change": 1 / n, **dict.fromkeys(SHARES, 1 / n)}
