@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from condu.terminal import Debug, errors
+from condu.terminal import Debug, complain, errors
 
 app = typer.Typer()
 
@@ -24,7 +24,12 @@ def ablate(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder of the results.", show_default="RUN/ablation"),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder of the results; the same one again goes on where an interrupted call was.",
+            show_default="RUN/ablation",
+        ),
     ] = None,
     last: Annotated[
         bool,
@@ -43,21 +48,22 @@ def ablate(
     """
     with errors("ablate", debug):
         from condu.ablation import ablate
-        from condu.ablation.tables import markdown, table, ties
+        from condu.ablation.tables import table, ties
         from condu.progress import RunProgress
-        from condu.runfolder import write_text
 
         console = Console()
         place = out or folder / "ablation"
         if place.exists() and not place.is_dir():  # before hours of work
             raise NotADirectoryError(f"--out: {place} is not a folder")
-        results = ablate(folder, last=last, progress=RunProgress(console, quiet=quiet or as_json))
-        text = json.dumps(results, indent=1, allow_nan=False)
-        place.mkdir(parents=True, exist_ok=True)
-        write_text(place / "ablation.json", text)
-        write_text(place / "ablation.md", markdown(results))
+        progress = RunProgress(console, quiet=quiet or as_json)
+        try:
+            results = ablate(folder, last=last, out=place, progress=progress)
+        except KeyboardInterrupt:
+            options = (f" --out {out}" if out else "") + (" --last" if last else "")
+            complain(f"interrupted; to go on: condu ablate {folder}{options}")
+            raise typer.Exit(130) from None
         if as_json:
-            print(text)
+            print(json.dumps(results, indent=1, allow_nan=False))
             return
         console.print(table(results))
         console.print(ties(results), highlight=False)

@@ -33,7 +33,13 @@ def check_theory(
             show_default="RUN/theory, or runs/theory",
         ),
     ] = None,
-    tasks: Annotated[int, typer.Option(help="Number of deltas.")] = 50,
+    tasks: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of deltas; where RUN has fewer models, further ones are fine-tuned.",
+            show_default="all that RUN has; without RUN 50",
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(help="Training steps for each, without RUN.", show_default="the demo's"),
@@ -46,8 +52,9 @@ def check_theory(
 ) -> None:
     """Do the theorems hold? Theorems F.3 and F.5 and Corollary F.6 of the ConDU paper, measured.
 
-    On deltas of fine-tuned models, by default of the embedded benchmark, one seed after another,
-    and on random ones of the same scale. Leaves theory.json and three pictures in the folder.
+    On deltas of fine-tuned models, those of RUN or else of the embedded benchmark, one seed after
+    another, and on random ones of the same scale. Leaves theory.json and three pictures in the
+    folder.
     """
     with errors("theory", debug):
         from condu.config import demo_config, make_config
@@ -76,7 +83,8 @@ def check_theory(
             trainer.live, trainer.benchmark, config, by_seed, folder, progress
         )
         try:
-            record = study(fine_tunings, tasks, iterations)
+            number = (fine_tunings.of_runs or 50) if tasks is None else tasks
+            record = study(fine_tunings, number, iterations)
         except KeyboardInterrupt:
             complain(f"interrupted; the same call with --out {folder} goes on")
             raise typer.Exit(130) from None

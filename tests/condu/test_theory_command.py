@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from tiny_run import tiny_benchmark, tiny_clip, tiny_config, tiny_trainer
 from typer.testing import CliRunner, Result
 
 from condu import tuning
 from condu.cli import app
 from condu.theory.finetunings import fine_tuning_of
+from condu.theory.plots import SHARES, _change, _flips
 from condu.trainer import ContinualTrainer
 from condu.weights import load_weights
 
@@ -117,11 +120,66 @@ def test_models_of_runs_come_first(trained: list[str]) -> None:
     result = theory(*runs, "--tasks", 5)
     assert result.exit_code == 0, result.output
     assert trained == ["hues, seed 44"]
+    assert "5 models: 4 there, 1 to be fine-tuned, which takes" in result.stdout
     seeds = [42, 42, 43, 43, 44]
     names = ["hues", "tones", "hues", "tones", "hues"]
     expected = [f"{name}, seed {seed}" for name, seed in zip(names, seeds, strict=True)]
     assert found("a/theory")["models"] == expected
     assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def test_of_runs_their_models_are_all_unless_more_are_asked_for(trained: list[str]) -> None:
+    runs = [run("a", seed=42), run("b", seed=43)]
+    trained.clear()
+    result = theory(*runs)
+    assert result.exit_code == 0, result.output
+    assert trained == []
+    assert found("a/theory")["tasks"] == 4
+    assert "to be fine-tuned" not in result.stdout
+
+
+def test_what_is_to_be_fine_tuned_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    finetune, count = tuning.finetune, 0
+
+    def interrupted(*arguments: Any, **options: Any) -> float:
+        nonlocal count
+        count += 1
+        if count >= 3:
+            raise KeyboardInterrupt
+        return finetune(*arguments, **options)
+
+    monkeypatch.setattr(tuning, "finetune", interrupted)
+    lines = [theory("--steps", 2, "--out", "here").stdout.splitlines()[0] for _ in range(2)]
+    (size,) = {file.stat().st_size for file in Path("here").rglob("*.safetensors")}
+    for line, there in zip(lines, (0, 2), strict=True):
+        start = f"50 models: {there} there, {50 - there} to be fine-tuned, which takes "
+        assert line.startswith(start)
+        number, unit = line.removeprefix(start).split()[:2]
+        # the header of a file is not counted; it is a large part of so small a model's
+        expected = (50 - there) * size / {"kB": 1e3, "MB": 1e6}[unit]
+        assert 0.8 * expected < float(number) < expected
+        assert line.endswith(" in here")
+
+
+@pytest.mark.parametrize("last", [3, 11, 23, 51])
+def test_axes_of_tasks_mark_whole_numbers_and_the_last(last: int) -> None:
+    rows = [
+        {"tasks": n, "delta_change": 1 / n, **dict.fromkeys(SHARES, 1 / n)}
+        for n in range(2, last + 1)
+    ]
+    deltas = {"random": {"joining": rows, "decay": None}}
+    for figure in (_flips(deltas), _change(deltas)):
+        FigureCanvasSVG(figure).draw()
+        (axes,) = figure.axes
+        labels = [
+            tick.get_text() for tick in axes.get_xticklabels() + axes.get_xticklabels(minor=True)
+        ]
+        assert labels[-1] == str(last)
+        numbers = [int(label) for label in labels]
+        assert numbers == sorted(set(numbers))
+        assert len(numbers) > 1
+        boxes = [tick.get_window_extent() for tick in axes.get_xticklabels()]
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_interrupted_it_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -17,13 +18,15 @@ from condu.ablation.answers import SessionAnswers
 from condu.ablation.fusing import Fusing
 from condu.ablation.ground import Ground
 from condu.ablation.models import finetuned_models
+from condu.ablation.tables import markdown
+from condu.ablation.unfinished import Unfinished
 from condu.ablation.variants import Variant, variants
 from condu.config import ConfigError, load_config
 from condu.labels import Protocol
 from condu.metrics import summarize
 from condu.progress import RunProgress
 from condu.record import versions
-from condu.runfolder import RunFolder, RunFolderError
+from condu.runfolder import RunFolder, RunFolderError, write_text
 from condu.trainer import ContinualTrainer
 from condu.workspace import Workspace
 
@@ -45,11 +48,19 @@ class Measured:
 
 
 def ablate(
-    folder: str | os.PathLike[str], *, last: bool = False, progress: RunProgress | None = None
+    folder: str | os.PathLike[str],
+    *,
+    last: bool = False,
+    out: str | os.PathLike[str] | None = None,
+    progress: RunProgress | None = None,
 ) -> dict[str, Any]:
     """Fuse the fine-tuned models of the run in ``folder`` in sequence, once for each variant, and
     evaluate all data sets after every task, or, with ``last``, after the last one only. The default
     is what the run's configuration says of fusion and voting; nothing in the folder is changed.
+
+    Into the folder ``out``, if one is given, go ``ablation.json`` and the table as ``ablation.md``,
+    and before that what is measured of each fusion as soon as it is, see `Unfinished`: after an
+    interruption the same call goes on.
 
     Returns what ``ablation.json`` holds: ``rows``, the default first, each with ``group``,
     ``name``, ``settings``, ``ties`` (see `Measured`; a share, null with a single task) and under
@@ -71,25 +82,37 @@ def ablate(
     sharing: dict[tuple[bool, Fusing], list[Variant]] = {}
     for variant in every:
         sharing.setdefault((variant.half, variant.fusing), []).append(variant)
-    measured: dict[Variant, Measured] = {}
+    kept = Unfinished(None if out is None else Path(out), config, models, last=last)
+    began -= kept.seconds
+    if kept.rows:
+        progress.line(f"{len(kept.rows)} of {len(every)} variants are measured already")
     grounds: dict[bool, Ground] = {}
     for (half, _), members in sharing.items():
+        if members[0].name in kept.rows:
+            continue
         if half not in grounds:
             grounds[half] = Ground(workspace, models, half=half)
-        for found in _measure(grounds[half], members, sessions=1 if last else tasks):
-            measured[found.variant] = found
+        measured = _measure(grounds[half], members, sessions=1 if last else tasks)
+        rows = [_row(found, complete=not last) for found in measured]
+        kept.add(rows, time.perf_counter() - began)
+        for found in measured:
             progress.line(_line(found))
-    return {
+    results = {
         "format": 1,
         "benchmark": workspace.benchmark.name,
         "seed": config.seed,
         "tasks": [task.name for task in workspace.benchmark],
-        "rows": [_row(measured[variant], complete=not last) for variant in every],
+        "rows": [kept.rows[variant.name] for variant in every],
         "seconds": time.perf_counter() - began,
         "configuration": config.model_dump(mode="json"),
         "versions": versions(),
         "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads()},
     }
+    if out is not None:
+        write_text(Path(out) / "ablation.json", json.dumps(results, indent=1, allow_nan=False))
+        write_text(Path(out) / "ablation.md", markdown(results))
+        kept.remove()
+    return results
 
 
 def _workspace(folder: Path, progress: RunProgress) -> Workspace:

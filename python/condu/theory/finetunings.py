@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
+from rich.filesize import decimal
 
 from condu.config import RunConfig, difference, load_config
 from condu.progress import RunProgress
 from condu.runfolder import RunFolder, RunFolderError
 from condu.theory.deltas import FineTunedDeltas
-from condu.tuning import Trained
+from condu.tuning import Trained, Tuner
 from condu.weights import copy_weights
 from condu.workspace import Workspace
 from condu_ext.files import PART
@@ -79,8 +80,14 @@ class FineTunings:
     folder: Path
     progress: RunProgress
 
+    @property
+    def of_runs(self) -> int:
+        """How many models the runs have."""
+        return len(self.runs) * len(self.benchmark)
+
     def deltas(self, number: int) -> FineTunedDeltas:
-        """The first `number` models' deltas; those that are in no file yet are trained.
+        """The first `number` models' deltas; those that are in no file yet are trained, after a
+        line of progress that says how many these are.
 
         Raises RunFolderError before anything is trained, if the folder was begun with another
         configuration or is not one of these, or a run lacks a model.
@@ -98,10 +105,23 @@ class FineTunings:
         model = self.live.model
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         pretrained = copy_weights(model, trained)
-        models = [*kept, *islice(self._trained(accelerator), number - len(kept))]
+        further = list(islice(self._further(accelerator), number - len(kept)))
+        self._announce(number, further)
+        models = [*kept, *((name, tuner.finetune(index).path) for name, tuner, index in further)]
         return FineTunedDeltas(
             [name for name, _ in models], [file for _, file in models], pretrained
         )
+
+    def _announce(self, number: int, further: Sequence[tuple[str, Tuner, int]]) -> None:
+        """It may be days of work and much of a disk."""
+        missing = sum(not tuner.file(index).exists() for _, tuner, index in further)
+        if missing:
+            entries = self.live.model.state_dict().values()
+            size = decimal(missing * sum(tensor.nbytes for tensor in entries))
+            self.progress.line(
+                f"{number} models: {number - missing} there, {missing} to be fine-tuned, "
+                f"which takes {size} in {self.folder}"
+            )
 
     def _is_foreign(self) -> bool:
         return (
@@ -121,13 +141,14 @@ class FineTunings:
                     )
                 yield f"{task.name}, seed {seed}", file
 
-    def _trained(self, accelerator: Accelerator) -> Iterator[tuple[str, Path]]:
+    def _further(self, accelerator: Accelerator) -> Iterator[tuple[str, Tuner, int]]:
+        """Fine-tunings of other seeds than the runs': the name, and a task's index at a tuner."""
         for seed in count(self.config.seed):
             if seed in self.runs:
                 continue
             tuner = self._workspace(seed, accelerator).tuner("full")
             for index, task in enumerate(self.benchmark):
-                yield f"{task.name}, seed {seed}", tuner.finetune(index).path
+                yield f"{task.name}, seed {seed}", tuner, index
 
     def _workspace(self, seed: int, accelerator: Accelerator) -> Workspace:
         return Workspace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, Locator, LogLocator, MaxNLocator, NullLocator
 
 from condu.theory.repetition import RESOLUTION
 
@@ -62,6 +62,7 @@ def _flips(deltas: Mapping[str, Any]) -> Figure:
             shares[shares == 0] = np.nan
             _line(axes, tasks, shares, place, label)
         _finish(axes, f"{name} deltas", "n, the task that joins")
+        axes.xaxis.set_major_locator(FixedLocator(task_ticks(tasks, MaxNLocator(integer=True))))
     panels[0].set_ylabel("share (%)")
     panels[0].legend(frameon=False, fontsize=9)
     return figure
@@ -72,22 +73,35 @@ def _change(deltas: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for place, (name, found) in enumerate(deltas.items()):
-        tasks = np.array([row["tasks"] for row in found["joining"]])
+        tasks = [row["tasks"] for row in found["joining"]]
         changes = np.array([100 * row["delta_change"] for row in found["joining"]])
         changes[changes == 0] = np.nan
         power = found["decay"]
         fit = "" if power is None else f": as n^{power:.2f} in the second half"
         _line(axes, tasks, changes, place, f"{name} deltas{fit}")
-    axes.plot(tasks, 100 / tasks, color="#666666", lw=1, ls="--", label="1/n")
+    axes.plot(tasks, [100 / n for n in tasks], color="#666666", lw=1, ls="--", label="1/n")
     _finish(axes, "Corollary F.6", "n, the task that joins")
     axes.set_xscale("log")
+    by_decade = LogLocator(subs=(1, 2, 5))
+    axes.xaxis.set_major_locator(FixedLocator(task_ticks(tasks, by_decade, scale=np.log)))
+    axes.yaxis.set_major_locator(by_decade)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
     axes.set_ylabel("mean L1 change of the old deltas (%)")
     axes.legend(frameon=False, fontsize=9)
     return figure
+
+
+def task_ticks(
+    tasks: Sequence[int], locator: Locator, scale: Callable[[float], float] = float
+) -> list[int]:
+    """Where `locator` puts ticks at numbers of tasks, and always at the last one: whole numbers.
+    Those that `scale`, the axis's, brings too close to the last to be read are left out."""
+    first, last = tasks[0], tasks[-1]
+    near = 0.08 * (scale(last) - scale(first))
+    at = {round(tick) for tick in locator.tick_values(first, last)}
+    return [*sorted(n for n in at if first <= n < last and scale(last) - scale(n) > near), last]
 
 
 def _panels(deltas: Mapping[str, Any]) -> tuple[Figure, Sequence[Axes]]:
