@@ -116,10 +116,6 @@ class Evaluator:
         features, labels = self.test_features(task)
         return percent_right(self.logits(features, (task,), {}), labels)
 
-    def accuracies(self) -> list[float]:
-        """``accuracy`` on every dataset of the benchmark, in its order."""
-        return [self.accuracy(task) for task in self.benchmark]
-
     def rows(self, seen: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         """The row of each protocol, after the first ``seen`` tasks of the benchmark, where the live
         weights, whatever they are, answer everything. Images and prompts are encoded once."""
@@ -250,6 +246,15 @@ class Evaluator:
             logits = self.logits(features, (task,), self._frozen_heads)
             self._frozen[task.name] = FrozenAnswers(features, labels, logits)
         return self._frozen[task.name]
+
+    def frozen_features(self, task: Task, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised features float32 [M, D] of the pretrained model, and labels int64 [M], of the
+        test images ``indices`` int64 [M]; needs the model to be at θ_0. Of a test set that it has
+        not answered only these images are read."""
+        if task.name not in self._frozen:
+            return self._encode(task.dataset("test", self.clip.test_transform), indices)
+        frozen = self._frozen[task.name]
+        return frozen.features[indices], frozen.labels[indices]
 
     def frozen_logits(self, task: Task, indices: Tensor, tasks: tuple[Task, ...]) -> Tensor:
         """Logits float32 [M, classes] of the pretrained model on the test images ``indices`` int64

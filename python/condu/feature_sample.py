@@ -6,44 +6,30 @@ and `<position>.labels` int64 [n], the task's own.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from condu.features import encode_images
 from condu.training import task_seed
 from condu.weights import save_weights
 
 if TYPE_CHECKING:
-    from condu.models.base import Autocast
-    from condu.models.clip import ClipModel
-    from condu.tasks.benchmark import Benchmark
+    from condu.evaluation import Evaluator
 
 IMAGES = 100
 """Of each data set, or all where there are fewer."""
 
 
-def save_feature_sample(
-    file: Path,
-    clip: ClipModel,
-    benchmark: Benchmark,
-    *,
-    seed: int,
-    autocast: Autocast = nullcontext,
-) -> None:
-    """Write the features of random test images, the same ones for the same seed, under the live
-    weights, which must be θ_0."""
+def save_feature_sample(file: Path, evaluator: Evaluator, *, seed: int) -> None:
+    """Write the features of random test images, the same ones for the same seed, under the weights
+    of the evaluator's model, which must be θ_0."""
     tensors: dict[str, Tensor] = {}
-    for position, task in enumerate(benchmark):
-        test = task.dataset("test", clip.test_transform)
+    for position, task in enumerate(evaluator.benchmark):
+        images = len(task.load("test"))
         generator = torch.Generator().manual_seed(task_seed(seed, f"features of {task.name}"))
-        chosen = torch.randperm(len(test), generator=generator)[:IMAGES].sort().values
-        with autocast():
-            features, labels = encode_images(
-                clip.model, test, chosen, num_workers=benchmark.workers
-            )
+        chosen = torch.randperm(images, generator=generator)[:IMAGES].sort().values
+        features, labels = evaluator.frozen_features(task, chosen)
         tensors |= {f"{position}.features": features, f"{position}.labels": labels}
     save_weights(file, tensors)

@@ -1,27 +1,20 @@
-"""What a run records: a session for each method and task, and `results.json`, made of them all."""
+"""What a run records: a session for each method and task, and what its numbers depend on."""
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import condu_ext
-from condu.config import RunConfig
 from condu.evaluation import Row
 from condu.labels import Protocol
-from condu.metrics import summarize
 from condu.reconstruction import Fused
-from condu.tasks.benchmark import Task
-
-if TYPE_CHECKING:
-    from condu.tasks.benchmark import Benchmark
 
 FORMAT = 2
 """Of `results.json` and `progress.json`; the first one had no number."""
@@ -34,14 +27,24 @@ class PeakBytes:
     host: int | None
     device: int | None
 
+    def or_more(self, other: PeakBytes) -> PeakBytes:
+        """The higher of two, by kind of memory; one that is not known counts for nothing."""
+        pairs = ((self.host, other.host), (self.device, other.device))
+        return PeakBytes(*(max((n for n in pair if n is not None), default=None) for pair in pairs))
+
+
+UNKNOWN_PEAK = PeakBytes(None, None)
+
 
 @dataclass(frozen=True)
 class Session:
     """One method has learnt one task and been evaluated on all.
 
-    Seconds of fine-tuning (of whichever method asked for it first, if several share it), fusing,
-    evaluating. `misaligned`: of methods that merge adapters, from the second task on, the share of
-    weights whose sign was not the global one's. `fused`: of methods with a unified model.
+    Seconds of fine-tuning, fusing and evaluating, and the highest point of memory meanwhile; a
+    fine-tuning that several methods share counts in full for each of them. `misaligned`: of methods
+    that merge adapters, from the second task on, the share of weights whose sign was not the global
+    one's. `fused`: of methods with a unified model; comparing it with what was unified is no part
+    of the method, and so of neither seconds nor memory.
     """
 
     rows: dict[Protocol, Row]
@@ -62,24 +65,19 @@ class Progress:
     format: int = FORMAT
 
 
-def results_of(progress: Progress, benchmark: Benchmark, config: RunConfig) -> dict[str, Any]:
-    """What `results.json` holds when every method has learnt every task."""
-    return {
-        "format": FORMAT,
-        "benchmark": benchmark.name,
-        "seed": config.seed,
-        "tasks": progress.tasks,
-        "classes": {t.name: list(t.classnames) for t in benchmark if isinstance(t, Task)},
-        "methods": {name: _method(sessions) for name, sessions in progress.methods.items()},
-        "configuration": config.model_dump(mode="json"),
-        "versions": versions(),
-        "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads()},
-    }
-
-
 def accuracy_rows(sessions: Sequence[Session], protocol: Protocol) -> list[list[float]]:
     """The accuracy matrix so far, a row for each session."""
     return [session.rows[protocol].accuracy for session in sessions]
+
+
+def machine_of(device: torch.device, processes: int) -> dict[str, Any]:
+    """What seconds and bytes of a run depend on: `device` is the GPU's name, or "cpu"."""
+    return {
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": processes,
+    }
 
 
 def versions() -> dict[str, str]:
@@ -95,31 +93,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _method(sessions: Sequence[Session]) -> dict[str, Any]:
-    listed = []
-    for session in sessions:
-        entry = asdict(session)
-        del entry["rows"]  # they are the matrices' and the votes'
-        listed.append(entry)
-    return {
-        "protocols": {protocol: _protocol(sessions, protocol) for protocol in sessions[0].rows},
-        "seconds": {
-            kind: math.fsum(entry[kind] for entry in listed)
-            for kind in ("train", "fuse", "evaluate")
-        },
-        "sessions": listed,
-    }
-
-
-def _protocol(sessions: Sequence[Session], protocol: Protocol) -> dict[str, Any]:
-    """A matrix with its summary, in which what is not defined for a single task is null; and the
-    votes."""
-    matrix = accuracy_rows(sessions, protocol)
-    table: dict[str, Any] = {"matrix": matrix} | {
-        metric: None if math.isnan(value) else value
-        for metric, value in asdict(summarize(matrix)).items()
-    }
-    votes = [session.rows[protocol].votes for session in sessions]
-    return table if None in votes else table | {"votes": votes}

@@ -20,15 +20,19 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from condu.config import RunConfig, difference, load_config
 from condu.record import FORMAT, Progress
+from condu.results import Results
 from condu_ext.files import PART, replace
 
+T = TypeVar("T")
+
 _PROGRESS = TypeAdapter(Progress)
+_RESULTS = TypeAdapter(Results)
 
 
 class RunFolderError(ValueError):
@@ -79,19 +83,13 @@ class RunFolder:
         return self.path / "features.safetensors"
 
     def load_progress(self, tasks: Sequence[str]) -> Progress:
-        """What has been done so far. `RunFolderError` if it was done for other tasks, or recorded
-        in another format."""
+        """What has been done so far. `RunFolderError` if it was done for other tasks or recorded in
+        another format, and if the file is damaged."""
         file = self.path / "progress.json"
         if not file.exists():
             return Progress(list(tasks))
-        values = json.loads(file.read_text(encoding="utf-8"))
-        _check_format(file, values, "go on with the version of condu that began the run, or anew")
-        try:
-            progress = _PROGRESS.validate_python(values)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(map(str, problem["loc"]))
-            raise RunFolderError(f"{file} is damaged: {key}: {problem['msg']}") from None
+        values = _read(file, "go on with the version of condu that began the run, or anew")
+        progress = _checked(file, _PROGRESS, values)
         if progress.tasks != list(tasks):
             raise RunFolderError(
                 f"{self.path} holds a run over the tasks {', '.join(progress.tasks)}, "
@@ -107,17 +105,15 @@ class RunFolder:
         write_text(self.results_file, json.dumps(results, indent=1, allow_nan=False))
 
     def load_results(self) -> dict[str, Any]:
-        """The results of a finished run; `RunFolderError` if there are none, or in another format
-        than `condu.record.FORMAT`."""
+        """The results of a finished run, a `condu.results.Results` as JSON; `RunFolderError` if
+        there are none, or in another format, and if the file is damaged."""
         if not self.results_file.exists():
             state = (
                 "has not finished" if self.config_file.exists() else "is not the folder of a run"
             )
             raise RunFolderError(f"{self.path} {state}: there is no results.json in it")
-        results = json.loads(self.results_file.read_text(encoding="utf-8"))
-        if not isinstance(results, dict):
-            raise RunFolderError(f"{self.results_file} does not hold the results of a run")
-        _check_format(self.results_file, results, "read it with the version that wrote it")
+        results = _read(self.results_file, "read it with the version that wrote it")
+        _checked(self.results_file, _RESULTS, results)
         return results
 
 
@@ -126,12 +122,31 @@ def write_text(path: Path, text: str) -> None:
     replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _check_format(file: Path, values: Any, advice: str) -> None:
-    found = values.get("format", 1) if isinstance(values, dict) else None
+def _read(file: Path, advice: str) -> dict[str, Any]:
+    """A JSON file of format `FORMAT`; `RunFolderError` for anything else, with `advice` where the
+    format is another one."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise RunFolderError(f"{file} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise RunFolderError(f"{file} is damaged: it holds a {type(values).__name__}, not a dict")
+    found = values.get("format", 1)
     if found != FORMAT:
         raise RunFolderError(
             f"{file} has format {found}, but this version of condu knows format {FORMAT}: {advice}"
         )
+    return values
+
+
+def _checked(file: Path, schema: TypeAdapter[T], values: dict[str, Any]) -> T:
+    """`values` by their types; `RunFolderError` names the first key that is missing or wrong."""
+    try:
+        return schema.validate_python(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise RunFolderError(f"{file} is damaged: {key}: {problem['msg']}") from None
 
 
 def _is_empty_folder(path: Path) -> bool:

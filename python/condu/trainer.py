@@ -12,12 +12,13 @@ from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwa
 
 from condu.bench.memory import peaks, restart_peaks
 from condu.config import ConfigError, RunConfig
+from condu.evaluation import Evaluator
 from condu.feature_sample import save_feature_sample
 from condu.methods import METHODS, Method
 from condu.models import load_model
-from condu.models.clip import ClipModel
 from condu.progress import RunProgress
-from condu.record import PeakBytes, Progress, Session, results_of
+from condu.record import PeakBytes, Progress, Session, machine_of
+from condu.results import results_of
 from condu.runfolder import RunFolder
 from condu.tasks.configured import make_benchmark
 from condu.tracking import check_trackers
@@ -25,7 +26,7 @@ from condu.workspace import Workspace
 
 if TYPE_CHECKING:
     from condu.evaluation import Protocol
-    from condu.models.base import LiveModel
+    from condu.models.base import LiveModel, Scorer
     from condu.tasks.benchmark import Benchmark
 
 EVALUATION_LIMIT = timedelta(hours=12)
@@ -114,8 +115,9 @@ class ContinualTrainer:
                 for method in methods:
                     self._step(method, index, progress, folder, workspace)
         if accelerator.is_main_process:
-            self._save_features(folder, accelerator)
-            folder.save_results(results_of(progress, self.benchmark, self.config))
+            machine = machine_of(accelerator.device, accelerator.num_processes)
+            folder.save_results(results_of(progress, self.benchmark, self.config, machine))
+            self._save_features(folder, workspace.scorer)  # last: only a picture needs them
         accelerator.wait_for_everyone()
         return folder.load_results()
 
@@ -140,7 +142,7 @@ class ContinualTrainer:
         began = time.perf_counter()
         rows = method.rows(index, protocols)
         evaluate = learned.evaluate + time.perf_counter() - began
-        peak = PeakBytes(*peaks(accelerator.device))
+        peak = learned.peak.or_more(PeakBytes(*peaks(accelerator.device)))
         done.append(
             Session(
                 rows,
@@ -149,7 +151,7 @@ class ContinualTrainer:
                 evaluate=evaluate,
                 peak_bytes=peak,
                 misaligned=learned.misaligned,
-                fused=learned.fused,
+                fused=method.fused(index),
             )
         )
         folder.save_progress(progress)
@@ -162,16 +164,10 @@ class ContinualTrainer:
             + ", ".join(f"{protocol} {accuracy:.1f} %" for protocol, accuracy in seen.items())
         )
 
-    def _save_features(self, folder: RunFolder, accelerator: Accelerator) -> None:
+    def _save_features(self, folder: RunFolder, scorer: Scorer) -> None:
         if self.live.votes and not folder.feature_file.exists():
-            assert isinstance(self.live, ClipModel)
-            save_feature_sample(
-                folder.feature_file,
-                self.live,
-                self.benchmark,
-                seed=self.config.seed,
-                autocast=accelerator.autocast,
-            )
+            assert isinstance(scorer, Evaluator)  # of a model that votes
+            save_feature_sample(folder.feature_file, scorer, seed=self.config.seed)
 
     def _protocols_of(self, method: Method) -> list[Protocol]:
         protocols = [p for p in self.config.protocols if p in method.protocols]

@@ -7,16 +7,19 @@ for the same fine-tuning share it. Its live model holds θ_0 whenever nobody is 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from condu.bench.memory import peaks
+from condu.record import UNKNOWN_PEAK, PeakBytes
 from condu.training import AfterStep, Penalty, finetune
 from condu.weights import (
     copy_weights,
@@ -35,19 +38,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights in a file, the task that they were last trained on, the seconds that took, and the
-    loss at the end."""
+    """Weights in a file, the task that they were last trained on, the seconds that took, the loss
+    at the end, and the most memory meanwhile, which a file may not tell."""
 
     path: Path
     task: str
     seconds: float
     loss: float
+    peak: PeakBytes = UNKNOWN_PEAK
 
     @classmethod
     def open(cls, path: Path) -> Trained:
         """Read the facts in the file's header, not the weights."""
         facts = load_facts(path)
-        return cls(path, facts["task"], float(facts["seconds"]), float(facts["loss"]))
+        peak = PeakBytes(**json.loads(facts["peak"])) if "peak" in facts else UNKNOWN_PEAK
+        return cls(path, facts["task"], float(facts["seconds"]), float(facts["loss"]), peak)
+
+    def save(self, weights: Mapping[str, Tensor], **more: str) -> None:
+        """Write the file: `weights` with these facts, and `more` of them, in its header."""
+        save_weights(
+            self.path,
+            weights,
+            task=self.task,
+            seconds=repr(self.seconds),
+            loss=repr(self.loss),
+            peak=json.dumps(asdict(self.peak)),
+            **more,
+        )
 
     def load(self) -> dict[str, Tensor]:
         return load_weights(self.path)
@@ -131,13 +148,10 @@ class Tuner:
                 )
                 seconds = time.perf_counter() - began
                 if accelerator.is_main_process:
-                    save_weights(
-                        path,
-                        copy_weights(self.live.model, self.names),
-                        task=task.name,
-                        seconds=repr(seconds),
-                        loss=repr(loss),
-                    )
+                    # of the session so far, which only begins with a fine-tuning that is shared
+                    peak = PeakBytes(*peaks(accelerator.device))
+                    trained = Trained(path, task.name, seconds, loss, peak)
+                    trained.save(copy_weights(self.live.model, self.names))
             origin = f"what was learnt up to {start.task}" if start else "the pretrained model"
             self.workspace.progress.line(
                 f"{task.name}: {self.training.steps} steps from {origin} in {seconds:.1f} s, "

@@ -22,7 +22,12 @@ from faults import CALLS, full, interrupted
 from runs import Commands, contents, leftovers, make_models
 from safetensors.torch import load_file, save_file
 
+from condu.checkpoint.options import Options
+from condu.checkpoint.sources import open_source
+from condu.checkpoint.state_files import StateFiles
+from condu.checkpoint.world import World
 from condu_ext import UnifiedDelta
+from condu_ext.collective import Step
 from condu_ext.storage import writer_lock
 
 COMMANDS = ["unify", "absorb", "merge", "extract"]
@@ -278,3 +283,46 @@ def test_dead_task_warned_of_as_an_error(commands: Commands, tmp_path: Path) -> 
 def warnings_are_errors(function: Callable[..., Any], *arguments: object) -> Any:
     warnings.simplefilter("error")
     return function(*arguments)
+
+
+class FailsElsewhere(Step):
+    """A step at whose end the others tell of an error."""
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        if raised[0] is None:
+            raise OSError("rank 1: no such folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"), [("unify", 4), ("absorb", 3), ("merge", 2), ("extract", 2)]
+)
+def test_inputs_are_closed_when_another_process_fails(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, inputs: int
+) -> None:
+    opened: list[object] = []
+    closed: list[object] = []
+
+    def watched(thing: Any) -> Any:
+        close = thing.close
+        opened.append(thing)
+        thing.close = lambda: (closed.append(thing), close())
+        return thing
+
+    def watched_source(*arguments: Any, **options: Any) -> Any:
+        return watched(open_source(*arguments, **options))
+
+    def watched_state(state: StateFiles, folder: Path) -> None:
+        init(state, folder)
+        watched(state)
+
+    init = StateFiles.__init__
+    monkeypatch.setattr("condu.checkpoint.states.open_source", watched_source)
+    monkeypatch.setattr(StateFiles, "__init__", watched_state)
+    monkeypatch.setattr(World, "step", lambda world: FailsElsewhere(None))
+    out = tmp_path / "out"
+    commands.before(name, out)
+    with pytest.raises(OSError, match="rank 1: no such folder"):
+        getattr(commands, name)(out, Options(workers=1))
+    assert len(opened) == inputs
+    assert {id(thing) for thing in opened} == {id(thing) for thing in closed}

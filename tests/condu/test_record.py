@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_run import tiny_benchmark, tiny_clip, tiny_config, tiny_trainer
+from tiny_run import tiny_config, tiny_trainer
 
 from condu.bench import memory
 from condu.config import make_config
-from condu.evaluation import Row
-from condu.feature_sample import save_feature_sample
-from condu.features import encode_images
+from condu.evaluation import Evaluator, Row
 from condu.methods import METHODS, Learned, Method
-from condu.prototypes import PrototypeSet
 from condu.reconstruction import Fused, Reconstruction
 from condu.record import PeakBytes, Progress, Session
 from condu.runfolder import RunFolder, RunFolderError
-from condu.weights import load_weights
+from condu.training import finetune
+from condu.tuning import Trained
+from condu.weights import save_weights
 
 QUICK: dict[str, Any] = {"training": {"steps": 2}}
 IMAGES = 90  # in each test set of the tiny benchmark
@@ -90,6 +92,60 @@ def test_results_of_another_format_are_refused(tmp_path: Path, found: int | None
         folder.load_results()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("machine", None),
+        ("tasks", "hues"),
+        ("methods.condu.seconds.fuse", None),
+        ("methods.condu.sessions.0.peak_bytes.device", "much"),
+        ("methods.pam.sessions.1.fused", None),
+        ("methods.zero_shot.protocols.agnostic.matrix.1.0", "a half"),
+        ("methods.zero_shot.protocols.task-id.bwt", None),
+    ],
+)
+def test_results_that_lack_a_key_or_hold_something_else_are_damaged(
+    results: dict[str, Any], tmp_path: Path, key: str, value: Any
+) -> None:
+    """`value` in the place of a key's, or no such key if it is None."""
+    damaged: Any = copy.deepcopy(results)
+    *parents, last = (int(part) if part.isdecimal() else part for part in key.split("."))
+    inner = damaged
+    for parent in parents:
+        inner = inner[parent]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    folder = RunFolder(tmp_path)
+    folder.save_results(damaged)
+    with pytest.raises(RunFolderError, match=rf"results\.json is damaged: {re.escape(key)}: "):
+        folder.load_results()
+
+
+def test_results_may_hold_more_than_is_known(results: dict[str, Any], tmp_path: Path) -> None:
+    more = results | {"weather": "fine", "machine": {**results["machine"], "fans": 3}}
+    RunFolder(tmp_path).save_results(more)
+    assert RunFolder(tmp_path).load_results() == more
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"format": 2, "met', b"[]", b"null", b"\xff\xfe{}"])
+@pytest.mark.parametrize("name", ["results.json", "progress.json"])
+def test_files_that_are_no_json_objects_are_named(tmp_path: Path, name: str, damage: bytes) -> None:
+    (tmp_path / name).write_bytes(damage)
+    folder = RunFolder(tmp_path)
+    with pytest.raises(RunFolderError, match=rf"{re.escape(str(tmp_path / name))} is damaged: "):
+        folder.load_results() if name == "results.json" else folder.load_progress(["a"])
+
+
+def test_the_machine_is_named(results: dict[str, Any]) -> None:
+    machine = results["machine"]
+    on_gpu = torch.cuda.is_available()
+    assert machine["device"] == (torch.cuda.get_device_name() if on_gpu else "cpu")
+    assert machine["processes"] == 1
+    assert machine["threads"] == torch.get_num_threads()
+
+
 # progress.json
 
 
@@ -152,6 +208,79 @@ def test_a_peak_is_that_of_its_own_session(tmp_path: Path, monkeypatch: pytest.M
     assert second < first - (128 << 20)  # of 256 MiB
 
 
+@pytest.mark.parametrize("first", ["individual", "condu"])
+def test_a_shared_fine_tuning_counts_for_every_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    def greedy(*arguments: Any, **options: Any) -> float:
+        block = torch.ones(1 << 27)  # 512 MiB
+        loss = finetune(*arguments, **options)
+        return loss + 0 * block[0].item()
+
+    monkeypatch.setattr("condu.tuning.finetune", greedy)
+    others = {"zero_shot", "individual", "condu", "task_arithmetic", "sequential", "wise_ft"}
+    methods = [first, *sorted(others - {first})]
+    found = tiny_trainer(tmp_path / "run", methods=methods, **QUICK).run()["methods"]
+    high = {name: found[name]["sessions"][0]["peak_bytes"]["host"] for name in methods}
+    frozen = high.pop("zero_shot")
+    assert all(peak > frozen + (400 << 20) for peak in high.values()), (high, frozen)
+
+
+def test_the_peak_of_a_fine_tuning_is_kept_beside_it(tmp_path: Path) -> None:
+    kept = Trained(tmp_path / "new", "hues", 1.5, 0.1, PeakBytes(2**40, None))
+    kept.save({"w": torch.ones(1)})
+    assert Trained.open(kept.path) == kept
+    save_weights(tmp_path / "old", {"w": torch.ones(1)}, task="hues", seconds="1.5", loss="0.1")
+    assert Trained.open(tmp_path / "old").peak == PeakBytes(None, None)
+
+
+def test_the_higher_of_two_peaks() -> None:
+    unknown, a, b = PeakBytes(None, None), PeakBytes(3, None), PeakBytes(2, 5)
+    assert a.or_more(b) == b.or_more(a) == PeakBytes(3, 5)
+    assert unknown.or_more(a) == a.or_more(unknown) == a
+    assert unknown.or_more(unknown) == unknown
+
+
+# What a session is charged with
+
+
+def test_reconstruction_is_in_no_seconds_and_no_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: Any) -> Reconstruction:
+        time.sleep(1.0)
+        block = torch.ones(1 << 26)  # 256 MiB
+        return Reconstruction(block[0].item(), 0.5, 0.1, 0.9)
+
+    monkeypatch.setattr("condu.methods.condu.reconstruct", slow)
+    found = tiny_trainer(tmp_path / "run", methods=["condu", "zero_shot"], **QUICK).run()["methods"]
+    seconds, session = found["condu"]["seconds"], found["condu"]["sessions"][-1]
+    assert session["fused"]["tasks"]["tones"]["rescaler"] == 1
+    assert seconds["fuse"] + seconds["evaluate"] < 1  # of 3, for one task and then two
+    reference = found["zero_shot"]["sessions"][-1]["peak_bytes"]["host"]
+    assert session["peak_bytes"]["host"] < reference + (128 << 20)
+
+
+def test_prototypes_belong_to_evaluation_whichever_method_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = Evaluator.add_prototypes
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.5)
+        add(*arguments)
+
+    monkeypatch.setattr(Evaluator, "add_prototypes", slow)
+    for name, changes in (
+        ("condu", QUICK),
+        ("dpeclip_id", {"dpeclip_id": {"answers": "zero_shot"}}),
+    ):
+        found = tiny_trainer(tmp_path / name, methods=[name], **changes).run()["methods"][name]
+        assert all(session["evaluate"] > 0.5 for session in found["sessions"])
+        if name == "dpeclip_id":
+            assert found["seconds"]["train"] == found["seconds"]["fuse"] == 0
+
+
 def test_a_peak_begins_anew() -> None:
     cpu = torch.device("cpu")
     memory.restart_peaks(cpu)
@@ -182,43 +311,3 @@ def test_without_the_kernels_help_the_peak_is_that_of_the_process(
     assert after >= before
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "missing")
     assert memory.peaks(cpu) == (None, None)
-
-
-# The sample of features
-
-
-def test_the_sample_holds_frozen_features_of_test_images(finished: Path) -> None:
-    found = load_weights(finished / "features.safetensors")
-    assert found.keys() == {f"{i}.{part}" for i in (0, 1) for part in ("features", "labels")}
-    clip = tiny_clip()
-    for position, task in enumerate(tiny_benchmark()):
-        features, labels = encode_images(clip.model, task.dataset("test", clip.test_transform))
-        assert len(features) == IMAGES  # fewer than a sample may have: all of them, in order
-        torch.testing.assert_close(found[f"{position}.features"], features)
-        assert torch.equal(found[f"{position}.labels"], labels)
-    prototypes = PrototypeSet.load(finished / "prototypes.safetensors")
-    assert prototypes["hues"].shape[1] == found["0.features"].shape[1]
-
-
-def test_a_sample_is_drawn_by_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("condu.feature_sample.IMAGES", 20)
-    clip, benchmark = tiny_clip(), tiny_benchmark()
-    samples = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        torch.rand(3)
-        save_feature_sample(tmp_path / name, clip, benchmark, seed=seed)
-        samples.append(load_weights(tmp_path / name)["1.features"])
-    first, again, other = samples
-    assert len(first) == 20
-    assert len(first.unique(dim=0)) == 20  # none twice
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_a_model_that_does_not_vote_has_no_sample(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = tiny_trainer(tmp_path / "run", methods=["zero_shot"])
-    monkeypatch.setattr(type(trainer.live), "votes", False)
-    trainer.run()
-    assert not (tmp_path / "run" / "features.safetensors").exists()

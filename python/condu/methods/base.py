@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 from condu.config import ConfigError
 from condu.labels import UNIONS, Protocol
 from condu.models.clip import ClipModel
+from condu.record import UNKNOWN_PEAK, PeakBytes
 
 if TYPE_CHECKING:
     from condu.evaluation import Row
     from condu.reconstruction import Fused
-    from condu.tuning import Tuner
+    from condu.tuning import Trained, Tuner
     from condu.workspace import Tuning, Workspace
 
 
@@ -23,23 +24,36 @@ if TYPE_CHECKING:
 class Learned:
     """What learning one task took and showed: wall-clock seconds of fine-tuning, of fusing, and of
     work on behalf of evaluation such as prototypes; of methods that merge an adapter into a global
-    one, the share of its weights whose sign was the opposite of the global one's; and, of methods
-    with a unified model, what has become of every task in it."""
+    one, the share of its weights whose sign was the opposite of the global one's; and the memory
+    that the fine-tuning took, which may have been in another session."""
 
     train: float = 0.0
     fuse: float = 0.0
     evaluate: float = 0.0
     misaligned: float | None = None
-    fused: Fused | None = None
+    peak: PeakBytes = UNKNOWN_PEAK
+
+    @classmethod
+    def by(
+        cls,
+        trained: Trained,
+        *,
+        fuse: float = 0.0,
+        evaluate: float = 0.0,
+        misaligned: float | None = None,
+    ) -> Learned:
+        """By a fine-tuning, whichever method asked for it first."""
+        return cls(trained.seconds, fuse, evaluate, misaligned, trained.peak)
 
 
 class Method(ABC):
-    """One line of the table. For task 0, 1, … the trainer calls `learn(index)`, then `rows(index)`.
+    """One line of the table. For task 0, 1, … the trainer calls `learn(index)`, `rows(index)` and
+    `fused(index)`.
 
     The live model of `tuner` holds θ_0 before and after each of these calls. What a method needs
     later it keeps on disk under `folder`, and `learn` finds it there if it had finished before the
     process was killed: learning the same task again changes nothing. `learn` runs in every process
-    of a distributed run, `rows` only in the main one.
+    of a distributed run, the others only in the main one.
     """
 
     name: ClassVar[str]
@@ -77,6 +91,10 @@ class Method(ABC):
     @abstractmethod
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         """Accuracy on every dataset of the benchmark after task `index`, by protocol."""
+
+    def fused(self, index: int) -> Fused | None:
+        """Of a method with a unified model: what has become of tasks 0 … `index` in it."""
+        return None
 
 
 def clip_model_of(method: Method) -> ClipModel:

@@ -52,14 +52,12 @@ class ConDUFineTuning(Method):
         workspace = self.workspace
         finetuned = self.tuner.finetune(index)
         if not workspace.accelerator.is_main_process:
-            return Learned(train=finetuned.seconds)
+            return Learned.by(finetuned)
         fuse = self.fuse(index)
         began = time.perf_counter()
         if workspace.live.votes:
             workspace.add_prototypes(workspace.benchmark.tasks[index], self.fusion)
-        fused = self._fused(index)
-        evaluate = time.perf_counter() - began
-        return Learned(train=finetuned.seconds, fuse=fuse, evaluate=evaluate, fused=fused)
+        return Learned.by(finetuned, fuse=fuse, evaluate=time.perf_counter() - began)
 
     def fuse(self, index: int) -> float:
         """Bring a fine-tuned task into the unified model, unless it is there; returns the seconds
@@ -99,8 +97,8 @@ class ConDUFineTuning(Method):
                 row.append(self.workspace.zero_shot_accuracy(index))
         return row
 
-    def _fused(self, index: int) -> Fused:
-        """Tasks 0 … index in the unified model, held against their fine-tuned models on disk."""
+    def fused(self, index: int) -> Fused:
+        """Tasks 0 … `index` in the unified model, held against their fine-tuned models on disk."""
         fusion, tasks = self.fusion, self.workspace.benchmark.tasks[: index + 1]
         return Fused(
             fusion.state.nbytes,

@@ -20,6 +20,7 @@ from condu.workspace import Workspace
 
 if TYPE_CHECKING:
     from condu.evaluation import Row
+    from condu.reconstruction import Fused
 
 
 @register
@@ -56,7 +57,7 @@ class DPeCLIPId(Method):
             return Learned()
         began = time.perf_counter()
         self.workspace.add_prototypes(self.workspace.benchmark.tasks[index])
-        return Learned(train=time.perf_counter() - began)
+        return Learned(evaluate=time.perf_counter() - began)
 
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         scorer = self.tuner.scorer
@@ -68,6 +69,9 @@ class DPeCLIPId(Method):
             protocols=protocols,
             own_classes=True,
         )
+
+    def fused(self, index: int) -> Fused | None:
+        return self._experts.fused(index) if self._experts is not None else None
 
 
 class UnifiedExperts(ConDUFineTuning):

@@ -26,7 +26,7 @@ class Individual(Method):
         self._accuracy: dict[int, float] = {}
 
     def learn(self, index: int) -> Learned:
-        return Learned(train=self.tuner.finetune(index).seconds)
+        return Learned.by(self.tuner.finetune(index))
 
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         row = [

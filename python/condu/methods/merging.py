@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch import Tensor
 from condu.methods.base import Learned
 from condu.methods.sequential import Sequential
 from condu.tuning import Trained
-from condu.weights import save_weights
 
 
 class Merged(NamedTuple):
@@ -42,18 +42,11 @@ class Merging(Sequential):
         start = self._latest(index - 1) if index else None
         trained = self.train(index, start)
         if not self.workspace.accelerator.is_main_process:
-            return Learned(train=trained.seconds)
+            return Learned.by(trained)
         result = self.merge(start, trained)
-        save_weights(
-            self._file,
-            result.weights,
-            task=task.name,
-            seconds=repr(trained.seconds),
-            loss=repr(trained.loss),
-            **result.facts,
-        )
+        replace(trained, path=self._file).save(result.weights, **result.facts)
         return self.learned(Trained.open(self._file), result.seconds)
 
     def learned(self, merged: Trained, fuse: float) -> Learned:
         """What is reported of a task whose merged model is in a file."""
-        return Learned(train=merged.seconds, fuse=fuse)
+        return Learned.by(merged, fuse=fuse)

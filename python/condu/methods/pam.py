@@ -27,7 +27,7 @@ class PAM(Merging):
 
     def learn(self, index: int) -> Learned:
         if index == 0:  # the first task's adapter is the global one
-            return Learned(train=self.tuner.finetune(0).seconds)
+            return Learned.by(self.tuner.finetune(0))
         return super().learn(index)
 
     def train(self, index: int, start: Trained | None) -> Trained:
@@ -55,7 +55,7 @@ class PAM(Merging):
 
     def learned(self, merged: Trained, fuse: float) -> Learned:
         misaligned = float(load_facts(merged.path)["misaligned"])
-        return Learned(train=merged.seconds, fuse=fuse, misaligned=misaligned)
+        return Learned.by(merged, fuse=fuse, misaligned=misaligned)
 
 
 @register

@@ -39,4 +39,4 @@ class Regularized(Sequential):
         trained = self.tuner.train(
             self._file, index, start=start, penalty=penalty, after_step=after_step
         )
-        return Learned(train=trained.seconds)
+        return Learned.by(trained)

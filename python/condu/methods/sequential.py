@@ -24,9 +24,8 @@ class Sequential(Method):
 
     def learn(self, index: int) -> Learned:
         if index == 0:  # θ_0 is where every task's own model starts too: nothing is trained twice
-            return Learned(train=self.tuner.finetune(0).seconds)
-        trained = self.tuner.train(self._file, index, start=self._latest(index - 1))
-        return Learned(train=trained.seconds)
+            return Learned.by(self.tuner.finetune(0))
+        return Learned.by(self.tuner.train(self._file, index, start=self._latest(index - 1)))
 
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         with self.tuner.using(self._latest(index).load()):

@@ -33,10 +33,10 @@ class TaskArithmetic(Method):
     def learn(self, index: int) -> Learned:
         finetuned = self.tuner.finetune(index)
         if not self.workspace.accelerator.is_main_process:
-            return Learned(train=finetuned.seconds)
+            return Learned.by(finetuned)
         began = time.perf_counter()
         self._weights = self._merged(index)
-        return Learned(train=finetuned.seconds, fuse=time.perf_counter() - began)
+        return Learned.by(finetuned, fuse=time.perf_counter() - began)
 
     def rows(self, index: int, protocols: Sequence[Protocol]) -> dict[Protocol, Row]:
         with self.tuner.using(self._weights):
