@@ -56,7 +56,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class MethodResults:
-    protocols: dict[Protocol, ProtocolResults]
+    protocols: dict[str, ProtocolResults]
     seconds: Seconds
     sessions: list[SessionResults]
 
