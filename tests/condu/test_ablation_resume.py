@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ FUSIONS = 12
 UNFINISHED = "ablation-unfinished.json"
 
 
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(trainer, "make_benchmark", lambda config: tiny_benchmark())
-    monkeypatch.setattr(trainer, "load_model", lambda name, pretrained: tiny_clip())
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True, scope="module")
+def _tiny() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_benchmark", lambda config: tiny_benchmark())
+        patch.setattr(trainer, "load_model", lambda name, pretrained: tiny_clip())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run and its ablation, which Ctrl-C ended while the third fusion took its second model."""
     out = tmp_path_factory.mktemp("runs") / "run"
     tiny_trainer(out, methods=["individual"], training={"steps": 2}).run()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "make_benchmark", lambda config: tiny_benchmark())
-        patch.setattr(trainer, "load_model", lambda name, pretrained: tiny_clip())
-        result = interrupt(out, "--last")
+    result = interrupt(out, "--last")
     assert result.exit_code == 130
     last = result.stderr.splitlines()[-1]
     assert last == f"error: interrupted; to go on: condu ablate {out} --last"
