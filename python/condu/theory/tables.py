@@ -28,7 +28,7 @@ def _repetition_table(record: Mapping[str, Any]) -> Table:
     table.add_column("deltas", no_wrap=True)
     for column in (
         *("tasks", "itera-\ntions", "first\nchange", "last\nchange", "order\nchanges"),
-        *("masks\nmeet", "least\nλ", "greatest\nλ"),
+        *("masks\nmeet", "least\nλ"),
     ):
         table.add_column(column, justify="right")
     for name, found in record["deltas"].items():
@@ -42,7 +42,6 @@ def _repetition_table(record: Mapping[str, Any]) -> Table:
                 str(sum(row["swaps"].values())),
                 f"{row['meeting']}/{row['pairs']}",
                 f"{min(row['rescalers_last']):.4f}",
-                f"{max(row['rescalers_last']):.4f}",
             )
     return table
 
