@@ -27,21 +27,26 @@ class PeakBytes:
     host: int | None
     device: int | None
 
-    def or_more(self, other: PeakBytes) -> PeakBytes:
-        """The higher of two, by kind of memory; one that is not known counts for nothing."""
-        pairs = ((self.host, other.host), (self.device, other.device))
-        return PeakBytes(*(max((n for n in pair if n is not None), default=None) for pair in pairs))
-
 
 UNKNOWN_PEAK = PeakBytes(None, None)
+
+
+@dataclass(frozen=True)
+class PhasePeaks:
+    """The highest points of memory while a method was trained, while it fused, its prototypes
+    included, and while it was evaluated; None where it did not do that."""
+
+    train: PeakBytes | None
+    fuse: PeakBytes | None
+    evaluate: PeakBytes | None
 
 
 @dataclass(frozen=True)
 class Session:
     """One method has learnt one task and been evaluated on all.
 
-    Seconds of fine-tuning, fusing and evaluating, and the highest point of memory meanwhile; a
-    fine-tuning that several methods share counts in full for each of them. `misaligned`: of methods
+    Seconds of fine-tuning, fusing and evaluating, and the most memory meanwhile; a fine-tuning that
+    several methods share counts in full for each of them. `misaligned`: of methods
     that merge adapters, from the second task on, the share of weights whose sign was not the global
     one's. `fused`: of methods with a unified model; comparing it with what was unified is no part
     of the method, and so of neither seconds nor memory.
@@ -51,7 +56,7 @@ class Session:
     train: float
     fuse: float
     evaluate: float
-    peak_bytes: PeakBytes
+    peak_bytes: PhasePeaks
     misaligned: float | None = None
     fused: Fused | None = None
 

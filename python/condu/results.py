@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from condu.labels import Protocol
 from condu.metrics import summarize
 from condu.reconstruction import Fused
-from condu.record import FORMAT, PeakBytes, Progress, Session, accuracy_rows, versions
+from condu.record import FORMAT, PhasePeaks, Progress, Session, accuracy_rows, versions
 from condu.tasks.benchmark import Task
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class SessionResults:
     train: float
     fuse: float
     evaluate: float
-    peak_bytes: PeakBytes
+    peak_bytes: PhasePeaks
     misaligned: float | None
     fused: Fused | None
 

@@ -17,7 +17,7 @@ from condu.feature_sample import save_feature_sample
 from condu.methods import METHODS, Method
 from condu.models import load_model
 from condu.progress import RunProgress
-from condu.record import PeakBytes, Progress, Session, machine_of
+from condu.record import PeakBytes, PhasePeaks, Progress, Session, machine_of
 from condu.results import results_of
 from condu.runfolder import RunFolder
 from condu.tasks.configured import make_benchmark
@@ -139,10 +139,16 @@ class ContinualTrainer:
         learned = method.learn(index)
         if not accelerator.is_main_process:  # waits for the main one when it next trains
             return
+        own = PeakBytes(*peaks(accelerator.device))  # since the last fine-tuning, if there was one
+        restart_peaks(accelerator.device)
         began = time.perf_counter()
         rows = method.rows(index, protocols)
         evaluate = learned.evaluate + time.perf_counter() - began
-        peak = learned.peak.or_more(PeakBytes(*peaks(accelerator.device)))
+        peak = PhasePeaks(
+            train=learned.peak or (own if learned.train else None),
+            fuse=own if learned.fuse else None,
+            evaluate=PeakBytes(*peaks(accelerator.device)),
+        )
         done.append(
             Session(
                 rows,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from condu.bench.memory import peaks
+from condu.bench.memory import peaks, restart_peaks
 from condu.record import UNKNOWN_PEAK, PeakBytes
 from condu.training import AfterStep, Penalty, finetune
 from condu.weights import (
@@ -132,6 +132,7 @@ class Tuner:
         accelerator = self.workspace.accelerator
         accelerator.wait_for_everyone()  # all of them see the result, or none does
         if not (path.exists() and Trained.open(path).task == task.name):
+            restart_peaks(accelerator.device)
             with self.using(start.load() if start else {}):
                 began = time.perf_counter()
                 loss = finetune(
@@ -148,10 +149,10 @@ class Tuner:
                 )
                 seconds = time.perf_counter() - began
                 if accelerator.is_main_process:
-                    # of the session so far, which only begins with a fine-tuning that is shared
                     peak = PeakBytes(*peaks(accelerator.device))
                     trained = Trained(path, task.name, seconds, loss, peak)
                     trained.save(copy_weights(self.live.model, self.names))
+            restart_peaks(accelerator.device)  # what comes now is no part of the fine-tuning
             origin = f"what was learnt up to {start.task}" if start else "the pretrained model"
             self.workspace.progress.line(
                 f"{task.name}: {self.training.steps} steps from {origin} in {seconds:.1f} s, "

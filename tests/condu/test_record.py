@@ -18,7 +18,7 @@ from condu.config import make_config
 from condu.evaluation import Evaluator, Row
 from condu.methods import METHODS, Learned, Method
 from condu.reconstruction import Fused, Reconstruction
-from condu.record import PeakBytes, Progress, Session
+from condu.record import PeakBytes, PhasePeaks, Progress, Session
 from condu.runfolder import RunFolder, RunFolderError
 from condu.training import finetune
 from condu.tuning import Trained
@@ -98,7 +98,7 @@ def test_results_of_another_format_are_refused(tmp_path: Path, found: int | None
         ("machine", None),
         ("tasks", "hues"),
         ("methods.condu.seconds.fuse", None),
-        ("methods.condu.sessions.0.peak_bytes.device", "much"),
+        ("methods.condu.sessions.0.peak_bytes.evaluate.device", "much"),
         ("methods.pam.sessions.1.fused", None),
         ("methods.zero_shot.protocols.agnostic.matrix.1.0", "a half"),
         ("methods.zero_shot.protocols.task-id.bwt", None),
@@ -154,7 +154,7 @@ def test_progress_comes_back_as_it_was(tmp_path: Path) -> None:
     session = Session(
         {"task-id": Row([third, 1e-17]), "agnostic": Row([0.0, 100.0], [[1, 2], [3, 4]])},
         *(0.1, 0.2, 0.3),
-        PeakBytes(2**40, None),
+        PhasePeaks(PeakBytes(2**40, None), None, PeakBytes(3, 4)),
         misaligned=third,
         fused=Fused(7, {"a": Reconstruction(1.5, 0.25, None, -0.5)}),
     )
@@ -186,10 +186,14 @@ def test_damaged_progress_is_named(tmp_path: Path) -> None:
 
 
 def test_each_session_has_the_peak_of_the_process(results: dict[str, Any]) -> None:
-    peaks = [s["peak_bytes"] for m in results["methods"].values() for s in m["sessions"]]
-    assert all(peak["host"] > 1 << 26 for peak in peaks)
     on_gpu = torch.cuda.is_available()
-    assert all((peak["device"] is not None) == on_gpu for peak in peaks)
+    for method in results["methods"].values():
+        for session in method["sessions"]:
+            for phase, peak in session["peak_bytes"].items():
+                assert (peak is not None) == (session[phase] > 0 or phase == "evaluate")
+                if peak is not None:
+                    assert peak["host"] > 1 << 26
+                    assert (peak["device"] is not None) == on_gpu
 
 
 def test_a_peak_is_that_of_its_own_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +208,7 @@ def test_a_peak_is_that_of_its_own_session(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setitem(METHODS, "greedy", Greedy)
     found = tiny_trainer(tmp_path / "run", methods=["greedy"]).run()["methods"]["greedy"]
-    first, second = (session["peak_bytes"]["host"] for session in found["sessions"])
+    first, second = (session["peak_bytes"]["train"]["host"] for session in found["sessions"])
     assert second < first - (128 << 20)  # of 256 MiB
 
 
@@ -221,9 +225,12 @@ def test_a_shared_fine_tuning_counts_for_every_method(
     others = {"zero_shot", "individual", "condu", "task_arithmetic", "sequential", "wise_ft"}
     methods = [first, *sorted(others - {first})]
     found = tiny_trainer(tmp_path / "run", methods=methods, **QUICK).run()["methods"]
-    high = {name: found[name]["sessions"][0]["peak_bytes"]["host"] for name in methods}
-    frozen = high.pop("zero_shot")
-    assert all(peak > frozen + (400 << 20) for peak in high.values()), (high, frozen)
+    peaks = {name: found[name]["sessions"][0]["peak_bytes"] for name in methods}
+    frozen = peaks["zero_shot"]["evaluate"]["host"] + (400 << 20)
+    for name in methods:
+        for phase, peak in peaks[name].items():
+            assert peak is None or (peak["host"] > frozen) == (phase == "train"), (name, peaks)
+    assert {name for name in methods if peaks[name]["train"] is None} == {"zero_shot"}
 
 
 def test_the_peak_of_a_fine_tuning_is_kept_beside_it(tmp_path: Path) -> None:
@@ -232,13 +239,6 @@ def test_the_peak_of_a_fine_tuning_is_kept_beside_it(tmp_path: Path) -> None:
     assert Trained.open(kept.path) == kept
     save_weights(tmp_path / "old", {"w": torch.ones(1)}, task="hues", seconds="1.5", loss="0.1")
     assert Trained.open(tmp_path / "old").peak == PeakBytes(None, None)
-
-
-def test_the_higher_of_two_peaks() -> None:
-    unknown, a, b = PeakBytes(None, None), PeakBytes(3, None), PeakBytes(2, 5)
-    assert a.or_more(b) == b.or_more(a) == PeakBytes(3, 5)
-    assert unknown.or_more(a) == a.or_more(unknown) == a
-    assert unknown.or_more(unknown) == unknown
 
 
 # What a session is charged with
@@ -257,8 +257,9 @@ def test_reconstruction_is_in_no_seconds_and_no_peak(
     seconds, session = found["condu"]["seconds"], found["condu"]["sessions"][-1]
     assert session["fused"]["tasks"]["tones"]["rescaler"] == 1
     assert seconds["fuse"] + seconds["evaluate"] < 1  # of 3, for one task and then two
-    reference = found["zero_shot"]["sessions"][-1]["peak_bytes"]["host"]
-    assert session["peak_bytes"]["host"] < reference + (128 << 20)
+    reference = found["zero_shot"]["sessions"][-1]["peak_bytes"]["evaluate"]["host"]
+    for phase in ("fuse", "evaluate"):
+        assert session["peak_bytes"][phase]["host"] < reference + (128 << 20)
 
 
 def test_prototypes_belong_to_evaluation_whichever_method_makes_them(

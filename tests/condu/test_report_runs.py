@@ -138,14 +138,18 @@ def test_votes_are_shares_of_each_data_set_in_the_end(tmp_path: Path) -> None:
 def test_facts_of_sessions(tmp_path: Path) -> None:
     found = results(tasks=("a", "b"), methods=("condu", "pam"))
     sessions = found["methods"]["condu"]["sessions"]
-    sessions[0]["peak_bytes"] = {"host": 5, "device": 80}
-    sessions[1]["peak_bytes"] = {"host": 9, "device": None}
+    sessions[0]["peak_bytes"]["fuse"] = {"host": 5, "device": 80}
+    sessions[1]["peak_bytes"]["fuse"] = {"host": 9, "device": None}
     sessions[1]["fused"]["tasks"]["a"]["cosine"] = None
     found["methods"]["pam"]["sessions"][1]["misaligned"] = 0.25
     (experiment,) = gather([write_run(tmp_path / "a", found, features=None)])
-    assert experiment.peak_bytes("condu", "host") == Spread.of([9])
-    assert experiment.peak_bytes("condu", "device") == Spread.of([80])
-    assert experiment.peak_bytes("pam", "device") is None
+    assert experiment.peak_bytes("condu", "fuse", "host") == Spread.of([9])
+    assert experiment.peak_bytes("condu", "fuse", "device") == Spread.of([80])
+    assert experiment.peak_bytes("condu", "train", "device") is None
+    for session in found["methods"]["pam"]["sessions"]:
+        session["peak_bytes"]["fuse"] = None
+    (experiment,) = gather([write_run(tmp_path / "b", found, features=None)])
+    assert experiment.peak_bytes("pam", "fuse", "host") is None
     assert experiment.misaligned("pam") == Spread.of([25])
     assert experiment.misaligned("condu") is None
     densities = experiment.fused("condu", "density")

@@ -131,7 +131,10 @@ def _session(draw: np.random.Generator, name: str, tasks: Sequence[str]) -> dict
         "train": float(draw.uniform(5, 9)),
         "fuse": float(draw.uniform(0.01, 0.02)),
         "evaluate": float(draw.uniform(1, 2)),
-        "peak_bytes": {"host": int(draw.integers(8e8, 9e8)), "device": None},
+        "peak_bytes": {
+            phase: {"host": int(draw.integers(8e8, 9e8)), "device": None}
+            for phase in ("train", "fuse", "evaluate")
+        },
         "misaligned": float(draw.uniform(0.1, 0.3)) if name == "pam" and len(tasks) > 1 else None,
         "fused": fused,
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 from condu.config import ConfigError
 from condu.labels import UNIONS, Protocol
 from condu.models.clip import ClipModel
-from condu.record import UNKNOWN_PEAK, PeakBytes
+from condu.record import PeakBytes
 
 if TYPE_CHECKING:
     from condu.evaluation import Row
@@ -25,13 +25,13 @@ class Learned:
     """What learning one task took and showed: wall-clock seconds of fine-tuning, of fusing, and of
     work on behalf of evaluation such as prototypes; of methods that merge an adapter into a global
     one, the share of its weights whose sign was the opposite of the global one's; and the memory
-    that the fine-tuning took, which may have been in another session."""
+    that the fine-tuning took, which may have been in another session; None if there was none."""
 
     train: float = 0.0
     fuse: float = 0.0
     evaluate: float = 0.0
     misaligned: float | None = None
-    peak: PeakBytes = UNKNOWN_PEAK
+    peak: PeakBytes | None = None
 
     @classmethod
     def by(

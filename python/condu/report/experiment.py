@@ -112,12 +112,15 @@ class Experiment:
     def seconds(self, method: str, phase: Phase) -> Spread | None:
         return self._over(method, lambda found: found["seconds"][phase])
 
-    def peak_bytes(self, method: str, where: Literal["host", "device"]) -> Spread | None:
-        """The most memory that the process held in any session of the method."""
+    def peak_bytes(
+        self, method: str, phase: Phase, where: Literal["host", "device"]
+    ) -> Spread | None:
+        """The most memory that the process held in that phase of any session of the method."""
 
         def peak(found: Mapping[str, Any]) -> int | None:
-            sessions = [session["peak_bytes"][where] for session in found["sessions"]]
-            return max((held for held in sessions if held is not None), default=None)
+            sessions = [session["peak_bytes"][phase] for session in found["sessions"]]
+            held = [session[where] for session in sessions if session is not None]
+            return max((size for size in held if size is not None), default=None)
 
         return self._over(method, peak)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from condu.checkpoint.costs import size_text
 from condu.report.comparing import (
@@ -18,7 +19,6 @@ from condu.report.experiment import PHASES, Experiment, Fact
 from condu.report.heatmaps import HeatMap, accuracy_matrix, vote_matrix
 from condu.report.panels import BarPanel, LinePanel, Points, bar_panel, line_panel
 from condu.report.published import PublishedTable
-from condu.report.spread import Spread
 from condu.report.tables import percent
 
 TRIGGERS: dict[Fact, str] = {"rescaler": "rescaler λ", "density": "mask density"}
@@ -28,11 +28,7 @@ RECONSTRUCTION: dict[Fact, str] = {
 }
 
 
-SIZES: dict[str, Callable[[Experiment, str], Spread | None]] = {
-    "peak host memory": lambda experiment, method: experiment.peak_bytes(method, "host"),
-    "peak device memory": lambda experiment, method: experiment.peak_bytes(method, "device"),
-    "unified model": lambda experiment, method: experiment.fused_bytes(method),
-}
+MEMORIES: tuple[Literal["host", "device"], ...] = ("host", "device")
 
 
 @dataclass(frozen=True)
@@ -151,11 +147,17 @@ def cost_panels(experiments: Sequence[Experiment]) -> list[BarPanel]:
         bar_panel(f"{phase}, s", {t: e.seconds(m, phase) for t, e, m in pairs}, _seconds)
         for phase in PHASES
     )
-    sizes = (
-        bar_panel(name, {title: read(e, method) for title, e, method in pairs}, size_text)
-        for name, read in SIZES.items()
+    peaks = (
+        bar_panel(
+            f"peak {where} memory, {phase}",
+            {title: e.peak_bytes(method, phase, where) for title, e, method in pairs},
+            size_text,
+        )
+        for where in MEMORIES
+        for phase in PHASES
     )
-    return [panel for panel in (*seconds, *sizes) if panel]
+    unified = bar_panel("unified model", {t: e.fused_bytes(m) for t, e, m in pairs}, size_text)
+    return [panel for panel in (*seconds, *peaks, unified) if panel]
 
 
 def misalignment_panel(experiments: Sequence[Experiment]) -> BarPanel | None:
