@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -91,6 +92,7 @@ def _runs(process: BaseProcess) -> bool:
 
 def _alone(file: Path, _: int, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         told = {"value": function(*arguments)}
     except BaseException as error:
