@@ -115,8 +115,9 @@ class ContinualTrainer:
                 for method in methods:
                     self._step(method, index, progress, folder, workspace)
         if accelerator.is_main_process:
-            machine = machine_of(accelerator.device, accelerator.num_processes)
-            folder.save_results(results_of(progress, self.benchmark, self.config, machine))
+            if not folder.results_file.exists():  # a run that had finished stays as it was
+                machine = machine_of(accelerator.device, accelerator.num_processes)
+                folder.save_results(results_of(progress, self.benchmark, self.config, machine))
             self._save_features(folder, workspace.scorer)  # last: only a picture needs them
         accelerator.wait_for_everyone()
         return folder.load_results()
