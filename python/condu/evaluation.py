@@ -72,9 +72,10 @@ class Evaluator:
     one θ_0.
 
     Decoded test images stay in host memory as long as all of them together fit into
-    ``cache_bytes``; datasets beyond that are read through a DataLoader with ``num_workers`` on each
-    pass. Inputs go to the device where the model's parameters are. ``autocast`` makes the context
-    in which the model encodes; what is made of its features is float32 whatever that is.
+    ``cache_bytes`` (None: a quarter of what is available); datasets beyond that are read through a
+    DataLoader with ``num_workers`` on each pass. Inputs go to the device where the model's
+    parameters are. ``autocast`` makes the context in which the model encodes; what is made of its
+    features is float32 whatever that is.
     The attributes ``cache``, where features for prototypes and for voting outlive the process, and
     ``progress``, which shows how far encoding is, may be set by the owner.
     """
@@ -86,7 +87,7 @@ class Evaluator:
         *,
         batch_size: int = 256,
         num_workers: int = 0,
-        cache_bytes: int = 4 << 30,
+        cache_bytes: int | None = None,
         autocast: Autocast = nullcontext,
     ) -> None:
         self.clip = clip

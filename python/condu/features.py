@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from condu.decoded import Unfinished
+
 
 class PromptedTask(Protocol):
     """What a text head needs of a task (see ``condu.tasks.Task``)."""
@@ -60,14 +62,18 @@ def encode_images(
     """Features float32 [M, D], ``normalised`` or as the model gives them, and labels int64 [M],
     both on the CPU, of a map-style dataset of (image tensor, label); with ``indices`` int64 [M]
     only of those images, in that order. M must not be 0. A ``TensorDataset`` is sliced a batch at a
-    time, anything else goes through a DataLoader. ``advance`` is called after each batch with how
-    many images it had.
+    time, anything else goes through a DataLoader; what is ``Unfinished`` is finished on the model's
+    device. ``advance`` is called after each batch with how many images it had.
     """
+    source, finish = images, None
+    if isinstance(images, Unfinished):
+        source, finish = images.source, images.finish
     device = next(model.parameters()).device
     features, labels = [], []
     with inference(model):
-        for batch, batch_labels in _batches(images, indices, batch_size, num_workers):
-            found = model.encode_image(batch.to(device, non_blocking=True)).float()
+        for batch, batch_labels in _batches(source, indices, batch_size, num_workers):
+            batch = batch.to(device, non_blocking=True)
+            found = model.encode_image(batch if finish is None else finish(batch)).float()
             features.append(F.normalize(found, dim=-1) if normalised else found)
             labels.append(batch_labels)
             if advance is not None:
