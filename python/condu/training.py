@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from condu.config import TrainingConfig
+from condu.config_sections import TrainingConfig
 from condu.live import matches
 from condu.progress import RunProgress
 

@@ -31,7 +31,7 @@ from condu.weights import (
 )
 
 if TYPE_CHECKING:
-    from condu.config import TrainingConfig
+    from condu.config_sections import TrainingConfig
     from condu.models.base import LiveModel, Scorer
     from condu.workspace import Workspace
 

@@ -23,7 +23,8 @@ from tiny_run import (
 )
 from torch import Tensor
 
-from condu.config import ConfigError, RunConfig, TrainingConfig, demo_config, make_config
+from condu.config import ConfigError, RunConfig, demo_config, make_config
+from condu.config_sections import TrainingConfig
 from condu.distillation import Distillation, distillation_loss
 from condu.fusion import ConDU
 from condu.methods.emr import EMR

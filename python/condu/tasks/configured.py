@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from condu.config import ON_DISK, BenchmarkConfig, ConfigError, RunConfig
+from condu.config import ConfigError, RunConfig
+from condu.config_sections import ON_DISK, BenchmarkConfig
 from condu.tasks import load_benchmark
 from condu.tasks.benchmark import Benchmark
 from condu.tasks.folders import folders_benchmark, task_names
