@@ -63,9 +63,11 @@ class Session:
 
 @dataclass
 class Progress:
-    """What `progress.json` holds: of each method its sessions so far, one for each task learnt."""
+    """What `progress.json` holds: of each method its sessions so far, one for each task learnt; and
+    the class names of each task that has any."""
 
     tasks: list[str]
+    classes: dict[str, list[str]]
     methods: dict[str, list[Session]] = field(default_factory=dict)
     format: int = FORMAT
 

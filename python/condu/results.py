@@ -11,7 +11,6 @@ from condu.labels import Protocol
 from condu.metrics import summarize
 from condu.reconstruction import Fused
 from condu.record import FORMAT, PhasePeaks, Progress, Session, accuracy_rows, versions
-from condu.tasks.benchmark import Task
 
 if TYPE_CHECKING:
     from condu.config import RunConfig
@@ -85,7 +84,7 @@ def results_of(
         "benchmark": benchmark.name,
         "seed": config.seed,
         "tasks": progress.tasks,
-        "classes": {t.name: list(t.classnames) for t in benchmark if isinstance(t, Task)},
+        "classes": progress.classes,
         "methods": {name: _method(sessions) for name, sessions in progress.methods.items()},
         "configuration": config.model_dump(mode="json"),
         "versions": versions(),

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,13 +50,8 @@ class RunFolder:
     def create(cls, path: str | os.PathLike[str], config: RunConfig) -> RunFolder:
         """Start a run in a folder that is new or empty; `RunFolderError` otherwise."""
         run = cls(path)
-        if run.path.exists() and not _is_empty_folder(run.path):
-            raise RunFolderError(
-                f"{run.path} exists and is not an empty folder: go on with --resume, or choose "
-                "another --out"
-            )
-        run.path.mkdir(parents=True, exist_ok=True)
-        write_text(run.config_file, config.to_yaml())
+        run.check_unused()
+        run.begin(config)
         return run
 
     @classmethod
@@ -63,12 +59,30 @@ class RunFolder:
         """Go on in a folder that `create` made with the same configuration. A folder that is new or
         empty is started; `RunFolderError` names the first key that differs."""
         run = cls(path)
-        if not run.config_file.exists():  # killed before the first write, or never started
-            return cls.create(path, config)
-        changed = difference(load_config(run.config_file), config)
-        if changed:
-            raise RunFolderError(f"{run.path} was begun with another configuration: {changed}")
+        run.check_resumable(config)
+        run.begin(config)
         return run
+
+    def check_unused(self) -> None:
+        """What `create` refuses, before anything is written."""
+        if self.path.exists() and not _is_empty_folder(self.path):
+            raise RunFolderError(
+                f"{self.path} exists and is not an empty folder: go on with --resume, or choose "
+                "another --out"
+            )
+
+    def check_resumable(self, config: RunConfig) -> None:
+        """What `resume` refuses, before anything is written."""
+        if not self.config_file.exists():  # killed before the first write, or never started
+            self.check_unused()
+        elif changed := difference(load_config(self.config_file), config):
+            raise RunFolderError(f"{self.path} was begun with another configuration: {changed}")
+
+    def begin(self, config: RunConfig) -> None:
+        """Write the configuration, unless it is there."""
+        if not self.config_file.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.config_file, config.to_yaml())
 
     @property
     def config_file(self) -> Path:
@@ -82,12 +96,12 @@ class RunFolder:
     def feature_file(self) -> Path:
         return self.path / "features.safetensors"
 
-    def load_progress(self, tasks: Sequence[str]) -> Progress:
-        """What has been done so far. `RunFolderError` if it was done for other tasks or recorded in
-        another format, and if the file is damaged."""
+    def load_progress(self, tasks: Sequence[str], classes: Mapping[str, Sequence[str]]) -> Progress:
+        """What has been done so far. `RunFolderError` if it was done for other tasks, or for other
+        ``classes`` of one, or recorded in another format, and if the file is damaged."""
         file = self.path / "progress.json"
         if not file.exists():
-            return Progress(list(tasks))
+            return Progress(list(tasks), {task: list(names) for task, names in classes.items()})
         values = _read(file, "go on with the version of condu that began the run, or anew")
         progress = _checked(file, _PROGRESS, values)
         if progress.tasks != list(tasks):
@@ -95,6 +109,12 @@ class RunFolder:
                 f"{self.path} holds a run over the tasks {', '.join(progress.tasks)}, "
                 f"not {', '.join(tasks)}"
             )
+        for task, names in classes.items():
+            if (before := progress.classes.get(task)) != list(names):
+                raise RunFolderError(
+                    f"{self.path} holds a run in which task {task!r} has other classes: "
+                    f"{_first_difference(before or [], names)}"
+                )
         return progress
 
     def save_progress(self, progress: Progress) -> None:
@@ -147,6 +167,13 @@ def _checked(file: Path, schema: TypeAdapter[T], values: dict[str, Any]) -> T:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         raise RunFolderError(f"{file} is damaged: {key}: {problem['msg']}") from None
+
+
+def _first_difference(before: Sequence[str], now: Sequence[str]) -> str:
+    pairs = enumerate(zip_longest(before, now))  # None: there are no more
+    return next(
+        f"number {n} was {old!r} and is {new!r} now" for n, (old, new) in pairs if old != new
+    )
 
 
 def _is_empty_folder(path: Path) -> bool:

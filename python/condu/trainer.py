@@ -20,6 +20,7 @@ from condu.progress import RunProgress
 from condu.record import PeakBytes, PhasePeaks, Progress, Session, machine_of
 from condu.results import results_of
 from condu.runfolder import RunFolder
+from condu.tasks.benchmark import Task
 from condu.tasks.configured import make_benchmark
 from condu.tracking import check_trackers
 from condu.workspace import Workspace
@@ -98,11 +99,11 @@ class ContinualTrainer:
                 f"{launched} processes were launched, but accelerate found no way to join them: "
                 "without a GPU it needs ACCELERATE_USE_CPU=true"
             )
-        with accelerator.main_process_first():
-            starts = accelerator.is_main_process and not resume
-            folder = (RunFolder.create if starts else RunFolder.resume)(self.out, self.config)
-        names = [task.name for task in self.benchmark]
-        progress = folder.load_progress(names)
+        folder = RunFolder(self.out)
+        if accelerator.is_main_process and not resume:
+            folder.check_unused()
+        else:
+            folder.check_resumable(self.config)
         workspace = Workspace(
             self.live, self.benchmark, self.config, folder.path, accelerator, self.progress
         )
@@ -110,6 +111,11 @@ class ContinualTrainer:
         for method in methods:  # what the configuration has wrong shows before anything is trained
             self._protocols_of(method)
             workspace.tuner(method.tuning)
+        with accelerator.main_process_first():
+            folder.begin(self.config)
+        names = [task.name for task in self.benchmark]
+        classes = {t.name: t.classnames for t in self.benchmark if isinstance(t, Task)}
+        progress = folder.load_progress(names, classes)
         with workspace.tracking.started(self.config, folder.path):
             for index in range(len(names)):
                 for method in methods:

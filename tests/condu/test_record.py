@@ -135,7 +135,7 @@ def test_files_that_are_no_json_objects_are_named(tmp_path: Path, name: str, dam
     (tmp_path / name).write_bytes(damage)
     folder = RunFolder(tmp_path)
     with pytest.raises(RunFolderError, match=rf"{re.escape(str(tmp_path / name))} is damaged: "):
-        folder.load_results() if name == "results.json" else folder.load_progress(["a"])
+        folder.load_results() if name == "results.json" else folder.load_progress(["a"], {})
 
 
 def test_the_machine_is_named(results: dict[str, Any]) -> None:
@@ -158,9 +158,10 @@ def test_progress_comes_back_as_it_was(tmp_path: Path) -> None:
         misaligned=third,
         fused=Fused(7, {"a": Reconstruction(1.5, 0.25, None, -0.5)}),
     )
-    progress = Progress(["a", "b"], {"condu": [session], "pam": []})
+    classes = {"a": ["x", "y"], "b": ["z"]}
+    progress = Progress(["a", "b"], classes, {"condu": [session], "pam": []})
     RunFolder(tmp_path).save_progress(progress)
-    assert RunFolder(tmp_path).load_progress(["a", "b"]) == progress
+    assert RunFolder(tmp_path).load_progress(["a", "b"], classes) == progress
 
 
 def test_progress_of_an_older_version_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -176,10 +177,10 @@ def test_progress_of_an_older_version_is_refused_and_left_alone(tmp_path: Path) 
 
 
 def test_damaged_progress_is_named(tmp_path: Path) -> None:
-    values = {"format": 2, "tasks": ["a"], "methods": {"condu": [{"rows": {}}]}}
+    values = {"format": 2, "tasks": ["a"], "classes": {}, "methods": {"condu": [{"rows": {}}]}}
     (tmp_path / "progress.json").write_text(json.dumps(values))
     with pytest.raises(RunFolderError, match=r"damaged: methods\.condu\.0\.train: "):
-        RunFolder(tmp_path).load_progress(["a"])
+        RunFolder(tmp_path).load_progress(["a"], {})
 
 
 # Memory

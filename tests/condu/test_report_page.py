@@ -200,7 +200,7 @@ def test_published_rows_beside_another_model_say_so(
     found = results(benchmark="mtil", tasks=ORDERS["I"], methods=("zero_shot",), model=model)
     texts = Reader(written(tmp_path, found, features=None)).texts
     (divider,) = (text for text in texts if "not measured here" in text)
-    said = f"here; the runs above have another model: {another}" if another else "here"
+    said = f"here; the runs above have {another}" if another else "here"
     assert divider.endswith(f"not measured {said}")
 
 

@@ -314,6 +314,33 @@ def test_resume_refuses_other_tasks(finished: Path) -> None:
         trainer.run(resume=True)
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("green", "red", "blue"), "number 0 was 'red' and is 'green' now"),
+        (("red", "green"), "number 2 was 'blue' and is None now"),
+    ],
+)
+def test_resume_refuses_other_classes(
+    finished: Path, names: tuple[str, ...], expected: str
+) -> None:
+    trainer = tiny_trainer(finished)
+    hues, tones = trainer.benchmark.tasks
+    trainer.benchmark = dataclasses.replace(
+        trainer.benchmark, tasks=(dataclasses.replace(hues, classnames=names), tones)
+    )
+    with pytest.raises(RunFolderError, match=f"'hues' has other classes: {expected}"):
+        trainer.run(resume=True)
+
+
+def test_what_a_method_refuses_leaves_no_folder(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", methods=["zscl"])
+    trainer.benchmark = dataclasses.replace(trainer.benchmark, reference=None)
+    with pytest.raises(ConfigError, match=r"zscl\.images"):
+        trainer.run()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_in_use_is_refused_and_an_empty_one_is_not(tmp_path: Path) -> None:
     RunFolder.create(tmp_path, tiny_config())
     with pytest.raises(RunFolderError, match="--resume"):

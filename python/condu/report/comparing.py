@@ -54,7 +54,7 @@ def measured_rows(experiments: Sequence[Experiment], protocol: str) -> list[Meas
 
 def published_for(experiments: Sequence[Experiment], protocol: str) -> list[PublishedTable]:
     """Published tables of the benchmark, order, number of training images and protocol that these
-    runs have; which of these have another model, `other_models` says."""
+    runs have; which of these may have another model, `other_models` says."""
     first = experiments[0].first
     shots = {
         experiment.first["configuration"]["benchmark"].get("shots") for experiment in experiments
@@ -71,7 +71,8 @@ def published_for(experiments: Sequence[Experiment], protocol: str) -> list[Publ
 
 
 def other_models(experiments: Sequence[Experiment], table: PublishedTable) -> list[str]:
-    """The models of these runs that are not the one of a published table."""
+    """The models of these runs that are not, by name and tag, the one of a published table. Weights
+    from a file may still be the same."""
     name, pretrained = CONFIGURED[table.model]
     others = (
         experiment.model
