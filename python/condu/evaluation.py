@@ -111,6 +111,13 @@ class Evaluator:
         other.clip = clip
         return other
 
+    def anew(self, clip: ClipModel) -> Evaluator:
+        """Over a live model with another θ_0, sharing the decoded images and nothing that depends
+        on weights."""
+        other = self.over(clip)
+        other._frozen, other._frozen_heads = {}, {}
+        return other
+
     def accuracy(self, task: Task) -> float:
         """Percent of the task's test images that the live weights classify right among its
         classes."""

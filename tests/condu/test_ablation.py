@@ -244,6 +244,17 @@ def mean(features: list[Tensor]) -> Tensor:
     return torch.stack([of_class.mean(0) for of_class in features])
 
 
+def test_rounded_models_are_asked_about_images_that_are_decoded_already(ground: Ground) -> None:
+    half = Ground(ground._workspace, ground.models, half=True)
+    task = ground.benchmark.tasks[0]
+    ground.scorer.accuracy(task)
+    assert half.scorer._tests[task] is ground.scorer._tests[task]
+    mine, its = (g.scorer.frozen_answers(task) for g in (ground, half))
+    assert torch.equal(mine.labels, its.labels)
+    assert not torch.equal(mine.features, its.features)
+    torch.testing.assert_close(mine.features, its.features, atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["both", "images", "text", "unnormalised"])
 def test_prototypes_are_what_their_definition_says(ground: Ground, kind: Any) -> None:
     clip = tiny_clip()

@@ -23,7 +23,7 @@ from condu.weights import load_facts, load_weights, save_weights
 FUSIONS = 12
 """Which share no experts: the default, 8 of the group "fusion", 3 of 16 bits."""
 
-UNFINISHED = "ablation-unfinished.json"
+UNFINISHED = "ablation-unfinished-last.json"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -129,25 +129,34 @@ def damage(run: Path) -> None:
     (run / "ablation" / UNFINISHED).write_text('{"rows": [')
 
 
-@pytest.mark.parametrize(
-    ("change", "options"),
-    [(revote, ["--last"]), (retrain, ["--last"]), (lambda run: None, []), (damage, ["--last"])],
-    ids=["configuration", "model", "--last", "damaged"],
-)
+@pytest.mark.parametrize(("change", "said"), [(revote, True), (retrain, True), (damage, False)])
 def test_over_something_else_it_starts_anew(
-    run: Path, fusions: list[str], change: Callable[[Path], None], options: list[str]
+    run: Path, fusions: list[str], change: Callable[[Path], None], said: bool
 ) -> None:
     change(run)
-    result = condu("ablate", run, *options)
+    result = condu("ablate", run, "--last")
     assert result.exit_code == 0, result.output
     assert len(fusions) == FUSIONS
     assert "measured already" not in result.stdout
+    assert ("measured anew" in result.stdout.splitlines()[0]) == said
+
+
+def test_a_call_over_all_sessions_leaves_what_one_over_the_last_measured(
+    run: Path, fusions: list[str]
+) -> None:
+    result = condu("ablate", run)
+    assert result.exit_code == 0, result.output
+    assert len(fusions) == FUSIONS
+    assert "measured" not in result.stdout.splitlines()[0]
+    fusions.clear()
+    assert condu("ablate", run, "--last").exit_code == 0
+    assert len(fusions) == FUSIONS - 2
 
 
 def test_the_runs_own_folder_may_take_it(run: Path) -> None:
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    result = interrupt(run, "-o", run)
-    assert f"condu ablate {run} --out {run}" in result.stderr
+    result = interrupt(run, "--last", "-o", run)
+    assert f"condu ablate {run} --out {run} --last" in result.stderr
     assert (run / UNFINISHED).exists()
     assert all(file.read_bytes() == content for file, content in before.items())
 

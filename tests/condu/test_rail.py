@@ -186,6 +186,11 @@ def test_unions_are_answered_image_by_image_as_in_rail(
 def test_a_kernel_that_does_not_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rail_dual, "available_memory", lambda device: 8 * 48**2 - 1)
-    with pytest.raises(ConfigError, match=r"'rail_dual' needs .* of 48 training images"):
-        tiny_trainer(tmp_path / "run", methods=["rail_dual"]).run()
+    free = 8 * (2 * 96**2 + 48**2 + 48**2)  # at the second task
+    monkeypatch.setattr(rail_dual, "available_memory", lambda device: free - 1)
+    trainer = tiny_trainer(tmp_path / "run", methods=["rail_dual"])
+    with pytest.raises(ConfigError, match=r"'rail_dual' needs .* of 96 training images"):
+        trainer.run()
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(rail_dual, "available_memory", lambda device: free)
+    trainer.run()

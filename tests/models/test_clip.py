@@ -4,6 +4,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from condu.models import load_clip
 from condu.tasks.mini import draw
@@ -82,6 +83,27 @@ def test_open_clip_models_load_from_a_local_file(tmp_path):
 def test_unknown_models_and_weights_are_named(name, pretrained, message):
     with pytest.raises(ValueError, match=message):
         load_clip(name, pretrained)
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "cut off", "of another model", "no tensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_without_the_models_weights_is_named_in_one_line(tmp_path, kind, suffix):
+    file = tmp_path / f"weights{suffix}"
+    if kind == "no tensors":
+        torch.save([1, 2], file)
+    elif suffix == ".pt":
+        torch.save({"a": torch.zeros(999)}, file)
+    else:
+        save_file({"a": torch.zeros(999)}, file)
+    whole = file.read_bytes()
+    if kind in ("text", "empty", "cut off"):
+        file.write_bytes({"text": b"hello world", "empty": b"", "cut off": whole[:1000]}[kind])
+    with pytest.raises(ValueError, match="holds no weights of model 'ViT-S-32-alt': ") as caught:
+        load_clip("ViT-S-32-alt", str(file))
+    message = str(caught.value)
+    assert str(file) in message
+    assert "\n" not in message
+    assert len(message) < 250 + len(str(file))
 
 
 def test_weights_of_another_activation_are_refused_before_they_are_fetched(monkeypatch):

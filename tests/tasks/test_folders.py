@@ -41,7 +41,8 @@ def test_tasks_classes_and_images(tmp_path: Path) -> None:
     task = write(tmp_path, "first", ("red", "dark_blue"))
     templates = "a {} square\n\n  a photo of a {} thing.\n"
     (task / "templates.txt").write_text(templates, encoding="utf-8-sig")
-    (task / "train" / "red" / "labels.csv").write_text("no image")
+    for name in ("labels.csv", "scan.pdf", "film.mpg", "drawing.eps"):
+        (task / "train" / "red" / name).write_text("no image")
     Image.new("RGB", (9, 9), COLOURS["red"]).save(task / "train" / "red" / "more.GIF")
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "notes.txt").write_text("no task")

@@ -44,13 +44,7 @@ class Ground:
             with torch.no_grad():
                 for tensor in self.clip.model.state_dict().values():
                     tensor.copy_(_rounded(tensor))
-            # not one `over` this model: what the pretrained model answers is to be found anew
-            self.scorer = self.clip.evaluator(
-                self.benchmark,
-                batch_size=config.evaluation.batch_size,
-                autocast=workspace.accelerator.autocast,
-            )
-            self.scorer.progress = workspace.progress
+            self.scorer = self.scorer.anew(self.clip)
         self._fusion = ConDU(
             self.clip.model,
             rule=config.fusion.rule(),

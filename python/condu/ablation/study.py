@@ -86,6 +86,11 @@ def ablate(
     began -= kept.seconds
     if kept.rows:
         progress.line(f"{len(kept.rows)} of {len(every)} variants are measured already")
+    elif kept.outdated:
+        progress.line(
+            "what an interrupted call measured is of another configuration, other models or other "
+            "versions: measured anew"
+        )
     grounds: dict[bool, Ground] = {}
     for (half, _), members in sharing.items():
         if members[0].name in kept.rows:

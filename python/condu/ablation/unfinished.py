@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     from condu.tuning import Trained
 
 # not progress.json: the results may go into the run's folder, which has one
-FILE = "ablation-unfinished.json"
+FILES = {False: "ablation-unfinished.json", True: "ablation-unfinished-last.json"}
+"""By whether only the last session is evaluated: neither takes the other's place."""
 
 
 class Unfinished:
     """``rows`` of the results by the names of their variants, and the ``seconds`` that they took.
 
-    Those of an earlier call are there if it was over a configuration, models and versions of this
-    software that are the same, and the same sessions; otherwise none. Without a ``folder`` they are
-    kept in memory alone.
+    Those of an earlier call over the same sessions are there if its configuration, models and
+    versions of this software are the same; otherwise none, and ``outdated`` says that there were
+    some. Without a ``folder`` they are kept in memory alone.
     """
 
     def __init__(
@@ -32,19 +33,21 @@ class Unfinished:
     ) -> None:
         self.rows: dict[str, Mapping[str, Any]] = {}
         self.seconds = 0.0
-        self._file = None if folder is None else folder / FILE
+        self.outdated = False
+        self._file = None if folder is None else folder / FILES[last]
         if self._file is None:
             return
         self._basis = {
             "configuration": config.model_dump(mode="json"),
             "models": [file_fingerprint(model.path) for model in models],
-            "last": last,
             "versions": versions(),
         }
         kept = _read(self._file)
         if kept.get("basis") == self._basis:
             self.rows = {row["name"]: row for row in kept["rows"]}
             self.seconds = kept["seconds"]
+        else:
+            self.outdated = bool(kept)
 
     def add(self, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
         """Keep some more rows; ``seconds`` are those of all."""

@@ -5,9 +5,11 @@ arXiv 2406.18868.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,9 @@ from condu.methods.base import register
 from condu.methods.rail import Rail
 from condu.weights import load_weights, save_weights
 
+if TYPE_CHECKING:
+    from condu.workspace import Workspace
+
 BATCH = 1024
 """Images that are answered at a time: a row of the kernel each."""
 
@@ -28,9 +33,20 @@ class KernelRidge:
     x'‖²) and one-hot Y; an image is answered by its row of the kernel times α.
 
     A task adds rows to the Cholesky factor of K + ridge·1 and changes none, so it costs what it
-    adds; the result equals that for all images at once. Takes 8·N² bytes, and while it grows what
-    it took before besides.
+    adds; the result equals that for all images at once. Takes 8·N² bytes, and more while it grows:
+    `peak_bytes`.
     """
+
+    @staticmethod
+    def peak_bytes(tasks: Sequence[int]) -> int:
+        """The most that matrices take while so many images of one task after another are absorbed
+        and answered: the factor of all and a copy of it, for LAPACK wants columns in a row, and
+        what is there of the old images alone and of the new ones."""
+        totals = accumulate(tasks)
+        return max(
+            8 * (2 * total**2 + (total - new) ** 2 + new**2)
+            for total, new in zip(totals, tasks, strict=True)
+        )
 
     def __init__(self, gamma: float, ridge: float, *, device: torch.device) -> None:
         self._gamma, self._ridge, self._device = gamma, ridge, device
@@ -52,11 +68,11 @@ class KernelRidge:
         corner.diagonal().add_(self._ridge)
         if known:
             # rows below the old factor L: with B = K(new, old), solve side·Lᵀ = B
-            side = torch.linalg.solve_triangular(
-                self._factor, self._kernel(self._features, new), upper=False
-            ).T
-            factor[known:, :known] = side
-            corner -= side @ side.T
+            factor[known:, :known] = torch.linalg.solve_triangular(
+                self._factor.T, self._kernel(new, self._features), upper=True, left=False
+            )
+            side = factor[known:, :known]
+            corner.addmm_(side, side.T, alpha=-1)
         factor[known:, known:] = torch.linalg.cholesky(corner)
         self._features = torch.cat([self._features, new]) if known else new
         self._labels = torch.cat([self._labels, labels.to(self._device)])
@@ -74,18 +90,30 @@ class KernelRidge:
         return torch.cat(parts).cpu()
 
     def _kernel(self, rows: Tensor, columns: Tensor) -> Tensor:
-        squares = (
-            rows.square().sum(1, keepdim=True) + columns.square().sum(1) - 2 * rows @ columns.T
-        )
+        squares = (rows @ columns.T).mul_(-2)
+        squares.add_(rows.square().sum(1, keepdim=True)).add_(columns.square().sum(1))
         return squares.clamp_(min=0).mul_(-self._gamma).exp_()
 
 
 @register
 class RailDual(Rail):
     """Keeps the features of each task's images on disk. The kernel has a row and a column for each
-    image: it is meant for few-shot data, 16 images of MTIL's 1201 classes taking 3 GB."""
+    image: it is meant for few-shot data, 16 images of MTIL's 1201 classes taking 3 GB, and three
+    times that while they are absorbed."""
 
     name: ClassVar[str] = "rail_dual"
+
+    def __init__(self, workspace: Workspace) -> None:
+        """Raises ConfigError where the system would end the process at one of the tasks."""
+        super().__init__(workspace)
+        counts = [len(task.load("train")) for task in workspace.benchmark]
+        free = available_memory(workspace.accelerator.device)
+        if (needed := KernelRidge.peak_bytes(counts)) > free:
+            raise ConfigError(
+                f"methods: 'rail_dual' needs {needed / 2**30:.1f} GiB for the kernel of "
+                f"{sum(counts)} training images, and {free / 2**30:.1f} GiB are free: take fewer "
+                "images, or 'rail_primal'"
+            )
 
     def absorb(self, index: int) -> None:
         file = self._file(index)
@@ -94,7 +122,6 @@ class RailDual(Rail):
             save_weights(file, {"features": features, "labels": labels})
         while self._absorbed <= index:  # more than one after a restart
             stored = load_weights(self._file(self._absorbed))
-            self._check_memory(len(stored["labels"]))
             self._kernel.absorb(stored["features"], stored["labels"])
             self._absorbed += 1
 
@@ -103,17 +130,6 @@ class RailDual(Rail):
 
     _absorbed = 0
     """Tasks in the kernel."""
-
-    def _check_memory(self, count: int) -> None:
-        """Raises ConfigError where the system would end the process."""
-        known = len(self._kernel)
-        free = available_memory(self.workspace.accelerator.device)
-        if (needed := 8 * (known + count) ** 2) > free:
-            raise ConfigError(
-                f"methods: 'rail_dual' needs {needed / 2**30:.0f} GiB for the kernel of "
-                f"{known + count} training images, and {free / 2**30:.0f} GiB are free: take fewer "
-                "images, or 'rail_primal'"
-            )
 
     @cached_property
     def _kernel(self) -> KernelRidge:

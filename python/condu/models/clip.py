@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -108,8 +109,9 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipModel:
 
     ``"mini"`` is the model shipped with condu.tasks.mini and takes no ``pretrained``. Any other
     name is one of open_clip's, with ``pretrained`` a tag that open_clip knows or a local file;
-    None gives random weights. Raises ValueError for an unknown name or tag, and for weights that
-    were trained with another activation than the model has.
+    None gives random weights. Raises ValueError for an unknown name or tag, for a file that holds
+    no weights of this model, and for weights that were trained with another activation than the
+    model has.
     """
     if name == "mini":
         if pretrained is not None:
@@ -124,9 +126,15 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipModel:
         )
     if pretrained is not None and pretrained in tags:
         _check_activation(name, pretrained)
-    model, train_transform, test_transform = open_clip.create_model_and_transforms(
-        name, pretrained, aug_cfg=AUGMENTATION
-    )
+    try:
+        model, train_transform, test_transform = open_clip.create_model_and_transforms(
+            name, pretrained, aug_cfg=AUGMENTATION
+        )
+    except Exception as error:  # a file that is no checkpoint raises anything from KeyError on
+        if pretrained is None or not Path(pretrained).is_file():
+            raise
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")
+        raise ValueError(f"{pretrained!r} holds no weights of model {name!r}: {reason}") from error
     return ClipModel(
         name=name,
         model=model.eval(),

@@ -25,6 +25,8 @@ from condu.tasks.images import DataError, Images, split_of
 
 TEMPLATES = ("a photo of a {}.",)
 """Prompts of a task that brings none."""
+RECOGNISED_ONLY = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+"""Formats that Pillow opens and cannot decode by itself."""
 
 
 def task_names(root: str | os.PathLike[str]) -> list[str]:
@@ -113,8 +115,9 @@ def _images(folder: Path) -> tuple[Images, list[str]]:
 
 
 def _is_image(path: str) -> bool:
-    """By its suffix, of all that Pillow knows."""
-    return Path(path).suffix.lower() in Image.registered_extensions()
+    """By its suffix, of all that Pillow reads."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    return kind in Image.OPEN and kind not in RECOGNISED_ONLY
 
 
 def _templates(folder: Path) -> tuple[str, ...]:
