@@ -33,11 +33,12 @@ class BenchmarkConfig(Section):
     `shots`, training images of each class (None: all), drawn with `seed`; `workers`, processes
     that decode (None: 4), whose number changes the random crops. For `mtil` also `download`,
     whether to fetch what is missing; its `order` may be I or II too, and is then read as that list.
+    The `order` of `folders` may leave tasks out.
     """
 
     name: str = "mini"
     seed: int = Field(default=0, ge=0)
-    order: tuple[str, ...] | None = None
+    order: tuple[str, ...] | None = Field(default=None, min_length=1)
     tasks: int | None = Field(default=None, ge=1)
     root: str | None = None
     shots: Literal[5, 16] | None = None

@@ -183,7 +183,7 @@ class Evaluator:
         """Normalised features float32 [M, D] and labels int64 [M] of a task's training images
         (through the test transform) under the live weights."""
         train = not_empty(task.dataset("train", self.clip.test_transform), task, "train")
-        return self._kept_features(train, train)
+        return self._kept_features(train, lambda: train)
 
     def agnostic_accuracy(
         self, task: Task, fusion: Experts, prototypes: PrototypeSet, voting: SemanticVoting
@@ -250,7 +250,7 @@ class Evaluator:
         θ_0."""
         if task.name not in self._frozen:
             test = task.dataset("test", self.clip.test_transform)
-            features, labels = self._kept_features(test, self._tests[task])
+            features, labels = self._kept_features(test, lambda: self._tests[task])
             logits = self.logits(features, (task,), self._frozen_heads)
             self._frozen[task.name] = FrozenAnswers(features, labels, logits)
         return self._frozen[task.name]
@@ -278,13 +278,14 @@ class Evaluator:
         return self._encode(self._tests[task], indices)
 
     def _kept_features(
-        self, dataset: TransformedDataset, images: Dataset[Any]
+        self, dataset: TransformedDataset, images: Callable[[], Dataset[Any]]
     ) -> tuple[Tensor, Tensor]:
-        """Features and labels of ``images``, which are those of ``dataset``."""
+        """Features and labels of ``images``, which are those of ``dataset`` and asked for only if
+        they are not kept."""
         if self.cache is None:
-            return self._encode(images)
+            return self._encode(images())
         with self._autocast():
-            return self.cache.images(self.clip.model, dataset, lambda: self._encode(images))
+            return self.cache.images(self.clip.model, dataset, lambda: self._encode(images()))
 
     def _kept_text(self, task: Task) -> Tensor:
         if self.cache is None:

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ import condu_ext
 from condu.evaluation import Row
 from condu.labels import Protocol
 from condu.reconstruction import Fused
+
+if TYPE_CHECKING:
+    from condu.tuning import Trained
 
 FORMAT = 2
 """Of `results.json` and `progress.json`; the first one had no number."""
@@ -29,6 +32,43 @@ class PeakBytes:
 
 
 UNKNOWN_PEAK = PeakBytes(None, None)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What it took a method to learn one task, and showed: wall-clock seconds of fine-tuning, of
+    fusing, and of work on behalf of evaluation such as prototypes; of methods that merge an adapter
+    into a global one, the share of its weights whose sign was the opposite of the global one's; and
+    the memory that the fine-tuning took, which may have been in another session; None if there was
+    none."""
+
+    train: float = 0.0
+    fuse: float = 0.0
+    evaluate: float = 0.0
+    misaligned: float | None = None
+    peak: PeakBytes | None = None
+
+    @classmethod
+    def by(
+        cls,
+        trained: Trained,
+        *,
+        fuse: float = 0.0,
+        evaluate: float = 0.0,
+        misaligned: float | None = None,
+    ) -> Learned:
+        """By a fine-tuning, whichever method asked for it first."""
+        return cls(trained.seconds, fuse, evaluate, misaligned, trained.peak)
+
+
+@dataclass(frozen=True)
+class Unevaluated:
+    """A method has learnt task `index`, and its evaluation has not come to its end. `peak`: the
+    most memory since the last fine-tuning, if there was one."""
+
+    index: int
+    learned: Learned
+    peak: PeakBytes
 
 
 @dataclass(frozen=True)
@@ -63,12 +103,13 @@ class Session:
 
 @dataclass
 class Progress:
-    """What `progress.json` holds: of each method its sessions so far, one for each task learnt; and
-    the class names of each task that has any."""
+    """What `progress.json` holds: of each method its sessions so far, one for each task learnt, and
+    what it has learnt beyond them; and the class names of each task that has any."""
 
     tasks: list[str]
     classes: dict[str, list[str]]
     methods: dict[str, list[Session]] = field(default_factory=dict)
+    unevaluated: dict[str, Unevaluated] = field(default_factory=dict)
     format: int = FORMAT
 
 

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from condu.config import RunConfig, difference, load_config
+from condu.config import ConfigError, RunConfig, difference, load_config, make_config
 from condu.record import FORMAT, Progress
 from condu.results import Results
 from condu_ext.files import PART, replace
@@ -134,6 +134,10 @@ class RunFolder:
             raise RunFolderError(f"{self.path} {state}: there is no results.json in it")
         results = _read(self.results_file, "read it with the version that wrote it")
         _checked(self.results_file, _RESULTS, results)
+        try:
+            make_config(results["configuration"])
+        except ConfigError as error:
+            raise RunFolderError(f"{self.results_file} is damaged: {error}") from None
         return results
 
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 
 from condu.bench.memory import peaks, restart_peaks
@@ -16,8 +17,9 @@ from condu.evaluation import Evaluator
 from condu.feature_sample import save_feature_sample
 from condu.methods import METHODS, Method
 from condu.models import load_model
+from condu.models.clip import ClipModel
 from condu.progress import RunProgress
-from condu.record import PeakBytes, PhasePeaks, Progress, Session, machine_of
+from condu.record import PeakBytes, PhasePeaks, Progress, Session, Unevaluated, machine_of
 from condu.results import results_of
 from condu.runfolder import RunFolder
 from condu.tasks.benchmark import Task
@@ -65,9 +67,15 @@ class ContinualTrainer:
         tasks that the benchmark does not have, or a model that cannot answer them."""
         benchmark = make_benchmark(config)  # first, for a model may have to be downloaded
         try:
-            live = load_model(config.model.name, config.model.pretrained)
+            with torch.random.fork_rng(devices=[]):  # for weights that are drawn
+                torch.default_generator.manual_seed(config.seed)
+                live = load_model(config.model.name, config.model.pretrained)
         except ValueError as error:
             raise ConfigError(f"model: {error}") from None
+        if isinstance(live, ClipModel) and live.name != "mini" and config.model.pretrained is None:
+            (progress or RunProgress()).line(
+                f"model {live.name} has random weights, for model.pretrained is not given"
+            )
         for task in benchmark:
             if not isinstance(task, live.task_type):
                 raise ConfigError(
@@ -147,6 +155,12 @@ class ContinualTrainer:
         if not accelerator.is_main_process:  # waits for the main one when it next trains
             return
         own = PeakBytes(*peaks(accelerator.device))  # since the last fine-tuning, if there was one
+        before = progress.unevaluated.get(method.name)
+        if before and before.index == index:  # a kill came after the learning, which took this
+            learned, own = before.learned, before.peak
+        else:
+            progress.unevaluated[method.name] = Unevaluated(index, learned, own)
+            folder.save_progress(progress)
         restart_peaks(accelerator.device)
         began = time.perf_counter()
         rows = method.rows(index, protocols)
@@ -167,6 +181,7 @@ class ContinualTrainer:
                 fused=method.fused(index),
             )
         )
+        del progress.unevaluated[method.name]
         folder.save_progress(progress)
         workspace.tracking.session(method.name, progress.tasks, done)
         seen = {

@@ -125,11 +125,20 @@ def retrain(run: Path) -> None:
     save_weights(file, weights, **load_facts(file))
 
 
+def update(run: Path) -> None:
+    file = run / "ablation" / UNFINISHED
+    kept = json.loads(file.read_text())
+    kept["basis"]["versions"]["torch"] = "1.0"
+    file.write_text(json.dumps(kept))
+
+
 def damage(run: Path) -> None:
     (run / "ablation" / UNFINISHED).write_text('{"rows": [')
 
 
-@pytest.mark.parametrize(("change", "said"), [(revote, True), (retrain, True), (damage, False)])
+@pytest.mark.parametrize(
+    ("change", "said"), [(revote, True), (retrain, True), (update, True), (damage, False)]
+)
 def test_over_something_else_it_starts_anew(
     run: Path, fusions: list[str], change: Callable[[Path], None], said: bool
 ) -> None:

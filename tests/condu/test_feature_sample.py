@@ -108,7 +108,10 @@ def test_a_sample_that_fails_leaves_results_and_may_be_had_later(
         patch.setattr("condu.trainer.save_feature_sample", fail)
         with pytest.raises(OSError, match="no image"):
             tiny_trainer(out, methods=["zero_shot"]).run()
+    # of a machine that the run is not resumed on
     before = RunFolder(out).load_results()
+    before["machine"]["cpus"] = 1000
+    RunFolder(out).save_results(before)
     assert not (out / "features.safetensors").exists()
     assert tiny_trainer(out, methods=["zero_shot"]).run(resume=True) == before
     assert (out / "features.safetensors").exists()

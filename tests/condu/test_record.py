@@ -123,6 +123,12 @@ def test_results_that_lack_a_key_or_hold_something_else_are_damaged(
         folder.load_results()
 
 
+def test_a_configuration_that_is_none_is_named(results: dict[str, Any], tmp_path: Path) -> None:
+    RunFolder(tmp_path).save_results(results | {"configuration": {"seed": "x"}})
+    with pytest.raises(RunFolderError, match=r"results\.json is damaged: config: seed: "):
+        RunFolder(tmp_path).load_results()
+
+
 def test_results_may_hold_more_than_is_known(results: dict[str, Any], tmp_path: Path) -> None:
     more = results | {"weather": "fine", "machine": {**results["machine"], "fans": 3}}
     RunFolder(tmp_path).save_results(more)
@@ -181,6 +187,35 @@ def test_damaged_progress_is_named(tmp_path: Path) -> None:
     (tmp_path / "progress.json").write_text(json.dumps(values))
     with pytest.raises(RunFolderError, match=r"damaged: methods\.condu\.0\.train: "):
         RunFolder(tmp_path).load_progress(["a"], {})
+
+
+@pytest.mark.parametrize("method", ["condu", "wise_ft", "rail_primal", "pam"])
+def test_what_learning_took_survives_an_interrupted_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The seconds and bytes that a resumed run reports are those of the learning, which is done."""
+    options = {"methods": [method], "training": {"steps": 2}}
+    rows = METHODS[method].rows
+
+    def interrupted(self: Any, index: int, protocols: Any) -> Any:
+        if index == 1:
+            raise KeyboardInterrupt
+        return rows(self, index, protocols)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(METHODS[method], "rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_trainer(tmp_path, **options).run()
+    stored = json.loads((tmp_path / "progress.json").read_text())
+    learned = stored["unevaluated"][method]["learned"]
+    assert learned["train"] + learned["fuse"] > 0
+    results = tiny_trainer(tmp_path, **options).run(resume=True)
+    session = results["methods"][method]["sessions"][1]
+    assert (session["train"], session["fuse"]) == (learned["train"], learned["fuse"])
+    assert session["evaluate"] > learned["evaluate"]
+    assert (session["peak_bytes"]["fuse"] is None) == (learned["fuse"] == 0)
+    assert session["peak_bytes"]["train"] is not None
+    assert json.loads((tmp_path / "progress.json").read_text())["unevaluated"] == {}
 
 
 # Memory

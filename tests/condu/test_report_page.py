@@ -181,7 +181,14 @@ def test_published_rows_are_apart_from_measured_ones(tmp_path: Path) -> None:
     assert len(apart) == 1  # beside the runs, so not again for context
     assert apart[0].startswith(' class="published"')
     assert "not measured here" in apart[0]
-    assert "(voting code, rescale tensor_mean); the runs here have voting paper" in page
+    assert "(voting code, rescale tensor_mean); the runs here have voting paper, " in page
+
+
+def test_changes_of_a_voting_preset_are_said(tmp_path: Path) -> None:
+    voting = {"preset": "code", "k": 1, "include_pretrained": False}
+    found = results(benchmark="mtil", tasks=ORDERS["I"], methods=("condu",), voting=voting)
+    page = written(tmp_path, found, features=None)
+    assert "have voting code with k 1, include_pretrained False, rescale global" in page
 
 
 @pytest.mark.parametrize(

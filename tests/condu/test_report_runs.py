@@ -71,7 +71,7 @@ def of_folders(folder: Path, root: str, *, seed: int, first: str = "a tit") -> P
 def test_other_folders_of_images_are_other_data(tmp_path: Path) -> None:
     ours = of_folders(tmp_path / "a", "data/own", seed=1)
     theirs = of_folders(tmp_path / "b", "data/other", seed=1)
-    again = of_folders(tmp_path / "c", "data/own", seed=2)
+    again = of_folders(tmp_path / "c", "./data/own/", seed=2)
     one, two = gather([ours, theirs, again])
     assert (one.seeds, two.seeds) == ((1, 2), (1,))
     assert differences([one, two]) == {"benchmark.root": ["data/own", "data/other"]}
@@ -178,7 +178,7 @@ def test_published_tables_stand_beside_runs_that_were_measured_alike(
     settings = dict(changes)
     found = results(tasks=settings.pop("tasks", ORDERS["I"]), methods=("condu",), seed=1)
     found["benchmark"] = "mtil"
-    wanted = settings.pop("benchmark", {})
+    wanted = {"name": "mtil", "root": "data", **settings.pop("benchmark", {})}
     found["configuration"]["benchmark"] |= wanted
     experiments = gather([write_run(tmp_path / "a", found, features=None)])
     shown = [

@@ -5,8 +5,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
+from condu.config import ConfigError
 from condu.models import load_clip
+from condu.models.clip import ClipModel
 from condu.tasks.mini import draw
 from condu.tasks.mini.model import image_tensor
 
@@ -83,6 +86,40 @@ def test_open_clip_models_load_from_a_local_file(tmp_path):
 def test_unknown_models_and_weights_are_named(name, pretrained, message):
     with pytest.raises(ValueError, match=message):
         load_clip(name, pretrained)
+
+
+def towers(image, text):
+    """Layers by their names in a stack like open_clip's."""
+    model = nn.Module()
+    for path in (*(f"visual.trunk.{name}" for name in image), *text):
+        *parents, name = path.split(".")
+        inner = model
+        for parent in parents:
+            if not hasattr(inner, parent):
+                inner.add_module(parent, nn.Module())
+            inner = getattr(inner, parent)
+        inner.add_module(name, nn.Linear(2, 2))
+    return ClipModel("stack", model, list, None, None)
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "expected"),
+    [
+        (["c_fc", "c_proj"], ["transformer.c_fc", "transformer.c_proj"], ("c_fc", "c_proj")),
+        (["fc1", "fc2", "qkv"], ["transformer.c_fc"], ("c_fc", "fc1", "fc2")),
+    ],
+)
+def test_adapters_go_to_the_mlps_of_both_towers(image, text, expected):
+    assert towers(image, text).lora_targets == expected
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "tower"),
+    [(["conv1"], ["text.c_fc"], "image"), (["fc1"], ["text.dense", "my.visual.fc1x"], "text")],
+)
+def test_a_tower_without_layers_to_adapt_is_named(image, text, tower):
+    with pytest.raises(ConfigError, match=rf"lora\.targets: .* {tower} tower of model 'stack'"):
+        _ = towers(image, text).lora_targets
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "cut off", "of another model", "no tensors"])

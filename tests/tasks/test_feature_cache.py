@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_mtil_run import config, small_clip
 
-from condu import evaluation, trainer
+from condu import decoded, evaluation, trainer
 from condu.config import difference, make_config
 from condu.feature_cache import FeatureCache
 from condu.features import encode_images
@@ -159,6 +159,24 @@ def test_text_is_kept_by_its_tokens(kept: Kept) -> None:
     text(tokens.flip(0))
     text(tokens[:, None])
     assert len(asked) == 3
+
+
+def test_what_is_kept_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = mtil_folders.write(tmp_path / "data", "Aircraft", monkeypatch=monkeypatch)
+    monkeypatch.setattr(trainer, "load_model", small_clip)
+    values = config(data, tasks=1, workers=0) | {"methods": ["zero_shot"]}
+    cached = make_config({**values, "evaluation": {"cache": str(tmp_path / "features")}})
+    sizes: list[int] = []
+    decode = decoded._decoded
+
+    def counting(dataset: Any, workers: int) -> Any:
+        sizes.append(len(dataset))
+        return decode(dataset, workers)
+
+    monkeypatch.setattr(decoded, "_decoded", counting)
+    for name in ("first", "second"):
+        ContinualTrainer.from_config(cached, tmp_path / name).run()
+    assert sizes == [36]
 
 
 def test_a_second_run_reads_what_the_first_has_kept(

@@ -15,7 +15,8 @@ from condu.methods import (
     zero_shot,
     zscl,
 )
-from condu.methods.base import METHODS, Learned, Method, register
+from condu.methods.base import METHODS, Method, register
+from condu.record import Learned
 
 ALL = (
     *("zero_shot", "individual"),

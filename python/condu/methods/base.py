@@ -4,46 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from condu.config import ConfigError
 from condu.labels import UNIONS, Protocol
 from condu.models.clip import ClipModel
-from condu.record import PeakBytes
+from condu.record import Learned
 
 if TYPE_CHECKING:
     from condu.evaluation import Row
     from condu.reconstruction import Fused
-    from condu.tuning import Trained, Tuner
+    from condu.tuning import Tuner
     from condu.workspace import Tuning, Workspace
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What learning one task took and showed: wall-clock seconds of fine-tuning, of fusing, and of
-    work on behalf of evaluation such as prototypes; of methods that merge an adapter into a global
-    one, the share of its weights whose sign was the opposite of the global one's; and the memory
-    that the fine-tuning took, which may have been in another session; None if there was none."""
-
-    train: float = 0.0
-    fuse: float = 0.0
-    evaluate: float = 0.0
-    misaligned: float | None = None
-    peak: PeakBytes | None = None
-
-    @classmethod
-    def by(
-        cls,
-        trained: Trained,
-        *,
-        fuse: float = 0.0,
-        evaluate: float = 0.0,
-        misaligned: float | None = None,
-    ) -> Learned:
-        """By a fine-tuning, whichever method asked for it first."""
-        return cls(trained.seconds, fuse, evaluate, misaligned, trained.peak)
 
 
 class Method(ABC):

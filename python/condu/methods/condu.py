@@ -15,8 +15,9 @@ import torch
 from condu.evaluation import Evaluator, Row
 from condu.fusion import ConDU
 from condu.live import canonical_name
-from condu.methods.base import Learned, Method, register
+from condu.methods.base import Method, register
 from condu.reconstruction import Fused, reconstruct
+from condu.record import Learned
 from condu.workspace import Tuning, Workspace
 
 if TYPE_CHECKING:
@@ -53,11 +54,11 @@ class ConDUFineTuning(Method):
         finetuned = self.tuner.finetune(index)
         if not workspace.accelerator.is_main_process:
             return Learned.by(finetuned)
-        fuse = self.fuse(index)
         began = time.perf_counter()
-        if workspace.live.votes:
+        if workspace.live.votes:  # first, for they take longer to be made again after a kill
             workspace.add_prototypes(workspace.benchmark.tasks[index], self.fusion)
-        return Learned.by(finetuned, fuse=fuse, evaluate=time.perf_counter() - began)
+        evaluate = time.perf_counter() - began
+        return Learned.by(finetuned, fuse=self.fuse(index), evaluate=evaluate)
 
     def fuse(self, index: int) -> float:
         """Bring a fine-tuned task into the unified model, unless it is there; returns the seconds

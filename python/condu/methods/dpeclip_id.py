@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from condu.evaluation import Evaluator
 from condu.labels import Protocol
-from condu.methods.base import Learned, Method, clip_model_of, register
+from condu.methods.base import Method, clip_model_of, register
 from condu.methods.condu import ConDUFineTuning
+from condu.record import Learned
 from condu.voting import SemanticVoting
 from condu.workspace import Workspace
 

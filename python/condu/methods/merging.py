@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from condu.methods.base import Learned
 from condu.methods.sequential import Sequential
+from condu.record import Learned
 from condu.tuning import Trained
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from typing import ClassVar
 
-from condu.methods.base import Learned, register
+from condu.methods.base import register
 from condu.methods.merging import Merged, Merging
 from condu.pam import AlignedMerging
+from condu.record import Learned
 from condu.tuning import Trained
 from condu.weights import copy_weights, load_facts
 from condu.workspace import Tuning

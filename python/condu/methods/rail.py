@@ -20,7 +20,8 @@ from condu.ballots import percent_right
 from condu.evaluation import Evaluator, Row
 from condu.features import zero_shot_head
 from condu.labels import label_set
-from condu.methods.base import Learned, Method, clip_model_of
+from condu.methods.base import Method, clip_model_of
+from condu.record import Learned
 from condu.workspace import Workspace
 
 if TYPE_CHECKING:

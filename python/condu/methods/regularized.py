@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar, NamedTuple
 
-from condu.methods.base import Learned, clip_model_of
+from condu.methods.base import clip_model_of
 from condu.methods.sequential import Sequential
+from condu.record import Learned
 from condu.training import AfterStep, Penalty
 from condu.tuning import Trained
 from condu.workspace import Workspace

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from condu.methods.base import Learned, Method, register
+from condu.methods.base import Method, register
+from condu.record import Learned
 from condu.tuning import Trained
 from condu.workspace import Tuning
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from condu.methods.base import Learned, Method, register
+from condu.methods.base import Method, register
+from condu.record import Learned
 from condu.weights import copy_weights
 
 if TYPE_CHECKING:

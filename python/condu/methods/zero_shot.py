@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from condu.evaluation import Evaluator, Row
-from condu.methods.base import Learned, Method, register
+from condu.methods.base import Method, register
+from condu.record import Learned
 
 if TYPE_CHECKING:
     from condu.evaluation import Protocol

@@ -55,9 +55,10 @@ class LiveModel(Interface):
 
     frozen: ClassVar[tuple[str, ...]]
     votes: ClassVar[bool]
-    lora_targets: ClassVar[tuple[str, ...]]
     task_type: ClassVar[type]
 
+    @property
+    def lora_targets(self) -> tuple[str, ...]: ...
     @property
     def name(self) -> str: ...
     @property

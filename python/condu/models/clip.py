@@ -15,6 +15,7 @@ from open_clip.transform import AugmentationCfg, image_transform
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from condu.config import ConfigError
 from condu.evaluation import Evaluator
 from condu.tasks.benchmark import Benchmark, Task, TransformedDataset
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 # The only augmentation of MTIL's protocol: a crop of 90-100 % of the area, no flip.
 AUGMENTATION = AugmentationCfg(scale=(0.9, 1.0))
+
+# Linear layers of MLPs, as open_clip names them and as timm does, whose image towers it also has.
+MLP_LAYERS = ("c_fc", "c_proj", "fc1", "fc1_g", "fc1_x", "fc2")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,6 @@ class ClipModel:
 
     frozen: ClassVar[tuple[str, ...]] = ("*logit_scale", "*logit_bias")
     votes: ClassVar[bool] = True
-    lora_targets: ClassVar[tuple[str, ...]] = ("c_fc", "c_proj")
     task_type: ClassVar[type] = Task
     collate: ClassVar[None] = None
 
@@ -48,6 +51,23 @@ class ClipModel:
     tokenize: Callable[[Sequence[str]], Tensor]
     train_transform: Callable[[Image], Tensor]
     test_transform: Callable[[Image], Tensor]
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """The layers of the MLPs in both towers. ConfigError for a tower without any, which would
+        be left as it is."""
+        names = [name for name, _ in self.model.named_modules()]
+        towers = {
+            "image": {n.rpartition(".")[2] for n in names if n.startswith("visual.")},
+            "text": {n.rpartition(".")[2] for n in names if not n.startswith("visual.")},
+        }
+        for tower, found in towers.items():
+            if not found.intersection(MLP_LAYERS):
+                raise ConfigError(
+                    f"lora.targets: no layer in the {tower} tower of model {self.name!r} is called "
+                    f"{', '.join(MLP_LAYERS)}: name the layers that are to be adapted"
+                )
+        return tuple(name for name in MLP_LAYERS if any(name in found for found in towers.values()))
 
     def training_set(self, task: Task) -> TransformedDataset:
         """Images of the task through `train_transform`, with labels."""

@@ -58,12 +58,18 @@ def varying(settings: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
 def published_note(experiments: Sequence[Experiment]) -> str:
     """With which choices the authors' numbers presumably came about, and those of these runs."""
     settings = [experiment.first["configuration"] for experiment in experiments]
-    chosen = dict.fromkeys((s["voting"]["preset"], s["fusion"]["rescale"]) for s in settings)
-    here = "; ".join(f"voting {preset}, rescale {rescale}" for preset, rescale in chosen)
+    chosen = dict.fromkeys((_voting(s["voting"]), s["fusion"]["rescale"]) for s in settings)
+    here = "; ".join(f"voting {voting}, rescale {rescale}" for voting, rescale in chosen)
     return (
         "The rows of ConDU presumably come from the authors' code (voting code, rescale "
         f"tensor_mean); the runs here have {here}."
     )
+
+
+def _voting(section: Mapping[str, Any]) -> str:
+    """The preset, and what was changed of it."""
+    changes = [f"{k} {v}" for k, v in section.items() if k != "preset" and v is not None]
+    return section["preset"] + (f" with {', '.join(changes)}" if changes else "")
 
 
 def configuration(experiment: Experiment) -> str:

@@ -5,6 +5,7 @@ What a run records is described in `condu.runfolder`; here it is read as spreads
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ class Run:
         ignored = {*WITHOUT_EFFECT, "seed"}
         if values["benchmark.name"] == "folders":
             ignored.remove("benchmark.root")
+            values["benchmark.root"] = os.path.normpath(values["benchmark.root"])
         return {key: value for key, value in values.items() if key not in ignored}
 
 

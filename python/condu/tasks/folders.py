@@ -104,9 +104,11 @@ def _find(folder: Path) -> Finding:
 
 def _images(folder: Path) -> tuple[Images, list[str]]:
     """All images of a split in the order of their paths, and the folders of its classes."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not there")
     try:
         reader = ImageFolder(str(folder), is_valid_file=_is_image)
-    except OSError as error:  # no folder, no classes, or none with an image
+    except OSError as error:  # no classes, or none with an image
         raise DataError(f"{folder}: {error}") from None
     files = [Path(file) for file, _ in reader.samples]
     labels = np.asarray(reader.targets, dtype=np.int64)
@@ -115,9 +117,11 @@ def _images(folder: Path) -> tuple[Images, list[str]]:
 
 
 def _is_image(path: str) -> bool:
-    """By its suffix, of all that Pillow reads."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    return kind in Image.OPEN and kind not in RECOGNISED_ONLY
+    """By its suffix, of all that Pillow reads. Hidden files are none: macOS puts some beside
+    images."""
+    file = Path(path)
+    kind = Image.registered_extensions().get(file.suffix.lower())
+    return kind in Image.OPEN and kind not in RECOGNISED_ONLY and file.name[0] != "."
 
 
 def _templates(folder: Path) -> tuple[str, ...]:
