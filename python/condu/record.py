@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,13 +102,47 @@ class Session:
     fused: Fused | None = None
 
 
+@dataclass(frozen=True)
+class TaskData:
+    """Class names of a task, and how many images it has for training and for testing."""
+
+    classes: list[str]
+    train: int
+    test: int
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a run is over: its tasks in order, the data of those that have classes, and a digest of
+    the pretrained weights."""
+
+    tasks: list[str]
+    data: dict[str, TaskData]
+    pretrained: str
+
+    def change(self, now: Basis) -> str | None:
+        """The first thing in which another one differs, in words, or None."""
+        if self.tasks != now.tasks:
+            return f"tasks were {', '.join(self.tasks)} and are {', '.join(now.tasks)} now"
+        for task, data in now.data.items():
+            before = self.data[task]
+            for number, (old, new) in enumerate(zip_longest(before.classes, data.classes)):
+                if old != new:  # None: there are no more
+                    return f"class {number} of task {task!r} was {old!r} and is {new!r} now"
+            for split in ("train", "test"):
+                if (old := getattr(before, split)) != (new := getattr(data, split)):
+                    return f"task {task!r} had {old} {split} images and has {new} now"
+        if self.pretrained != now.pretrained:
+            return "the pretrained weights are others now"
+        return None
+
+
 @dataclass
 class Progress:
     """What `progress.json` holds: of each method its sessions so far, one for each task learnt, and
-    what it has learnt beyond them; and the class names of each task that has any."""
+    what it has learnt beyond them."""
 
-    tasks: list[str]
-    classes: dict[str, list[str]]
+    basis: Basis
     methods: dict[str, list[Session]] = field(default_factory=dict)
     unevaluated: dict[str, Unevaluated] = field(default_factory=dict)
     format: int = FORMAT

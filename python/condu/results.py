@@ -83,8 +83,12 @@ def results_of(
         "format": FORMAT,
         "benchmark": benchmark.name,
         "seed": config.seed,
-        "tasks": progress.tasks,
-        "classes": progress.classes,
+        "tasks": progress.basis.tasks,
+        "classes": {task: data.classes for task, data in progress.basis.data.items()},
+        "images": {
+            task: {"train": data.train, "test": data.test}
+            for task, data in progress.basis.data.items()
+        },
         "methods": {name: _method(sessions) for name, sessions in progress.methods.items()},
         "configuration": config.model_dump(mode="json"),
         "versions": versions(),

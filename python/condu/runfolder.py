@@ -16,17 +16,18 @@ the new one, never half.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from condu.config import ConfigError, RunConfig, difference, load_config, make_config
-from condu.record import FORMAT, Progress
+from condu.record import FORMAT, Basis, Progress
 from condu.results import Results
 from condu_ext.files import PART, replace
 
@@ -84,6 +85,17 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.config_file, config.to_yaml())
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held by the process that works in a folder that was begun; `RunFolderError` if another
+        one does."""
+        with open(self.config_file, "r+b") as file:  # which is never replaced
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFolderError(f"{self.path}: another process works on this run") from None
+            yield
+
     @property
     def config_file(self) -> Path:
         return self.path / "config.yaml"
@@ -96,25 +108,16 @@ class RunFolder:
     def feature_file(self) -> Path:
         return self.path / "features.safetensors"
 
-    def load_progress(self, tasks: Sequence[str], classes: Mapping[str, Sequence[str]]) -> Progress:
-        """What has been done so far. `RunFolderError` if it was done for other tasks, or for other
-        ``classes`` of one, or recorded in another format, and if the file is damaged."""
+    def load_progress(self, basis: Basis) -> Progress:
+        """What has been done so far. `RunFolderError` if it was done over something else, or
+        recorded in another format, and if the file is damaged."""
         file = self.path / "progress.json"
         if not file.exists():
-            return Progress(list(tasks), {task: list(names) for task, names in classes.items()})
+            return Progress(basis)
         values = _read(file, "go on with the version of condu that began the run, or anew")
         progress = _checked(file, _PROGRESS, values)
-        if progress.tasks != list(tasks):
-            raise RunFolderError(
-                f"{self.path} holds a run over the tasks {', '.join(progress.tasks)}, "
-                f"not {', '.join(tasks)}"
-            )
-        for task, names in classes.items():
-            if (before := progress.classes.get(task)) != list(names):
-                raise RunFolderError(
-                    f"{self.path} holds a run in which task {task!r} has other classes: "
-                    f"{_first_difference(before or [], names)}"
-                )
+        if changed := progress.basis.change(basis):
+            raise RunFolderError(f"{self.path} holds a run over something else: {changed}")
         return progress
 
     def save_progress(self, progress: Progress) -> None:
@@ -171,13 +174,6 @@ def _checked(file: Path, schema: TypeAdapter[T], values: dict[str, Any]) -> T:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         raise RunFolderError(f"{file} is damaged: {key}: {problem['msg']}") from None
-
-
-def _first_difference(before: Sequence[str], now: Sequence[str]) -> str:
-    pairs = enumerate(zip_longest(before, now))  # None: there are no more
-    return next(
-        f"number {n} was {old!r} and is {new!r} now" for n, (old, new) in pairs if old != new
-    )
 
 
 def _is_empty_folder(path: Path) -> bool:

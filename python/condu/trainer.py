@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 
 from condu.bench.memory import peaks, restart_peaks
@@ -19,13 +22,23 @@ from condu.methods import METHODS, Method
 from condu.models import load_model
 from condu.models.clip import ClipModel
 from condu.progress import RunProgress
-from condu.record import PeakBytes, PhasePeaks, Progress, Session, Unevaluated, machine_of
+from condu.record import (
+    Basis,
+    PeakBytes,
+    PhasePeaks,
+    Progress,
+    Session,
+    TaskData,
+    Unevaluated,
+    machine_of,
+)
 from condu.results import results_of
 from condu.runfolder import RunFolder
 from condu.tasks.benchmark import Task
 from condu.tasks.configured import make_benchmark
 from condu.tracking import check_trackers
 from condu.workspace import Workspace
+from condu_ext.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from condu.evaluation import Protocol
@@ -112,6 +125,8 @@ class ContinualTrainer:
             folder.check_unused()
         else:
             folder.check_resumable(self.config)
+        basis = self.basis()
+        folder.load_progress(basis)
         workspace = Workspace(
             self.live, self.benchmark, self.config, folder.path, accelerator, self.progress
         )
@@ -121,11 +136,35 @@ class ContinualTrainer:
             workspace.tuner(method.tuning)
         with accelerator.main_process_first():
             folder.begin(self.config)
-        names = [task.name for task in self.benchmark]
-        classes = {t.name: t.classnames for t in self.benchmark if isinstance(t, Task)}
-        progress = folder.load_progress(names, classes)
+        with ExitStack() as stack:
+            if accelerator.is_main_process:
+                stack.enter_context(folder.locked())
+            return self._run(folder, folder.load_progress(basis), workspace, methods)
+
+    def basis(self) -> Basis:
+        """What the run is over; the live model has to hold θ_0."""
+        tasks: list[Any] = [task for task in self.benchmark if isinstance(task, Task)]
+        data = {
+            task.name: TaskData(
+                list(task.classnames), len(task.load("train")), len(task.load("test"))
+            )
+            for task in tasks
+        }
+        digest = xxhash.xxh3_64()
+        for name, tensor in self.live.model.state_dict().items():
+            digest.update(f"{name} {fingerprint(tensor)}\n".encode())
+        return Basis([task.name for task in self.benchmark], data, digest.hexdigest())
+
+    def _run(
+        self,
+        folder: RunFolder,
+        progress: Progress,
+        workspace: Workspace,
+        methods: Sequence[Method],
+    ) -> dict[str, Any]:
+        accelerator = workspace.accelerator
         with workspace.tracking.started(self.config, folder.path):
-            for index in range(len(names)):
+            for index in range(len(self.benchmark)):
                 for method in methods:
                     self._step(method, index, progress, folder, workspace)
         if accelerator.is_main_process:
@@ -183,7 +222,7 @@ class ContinualTrainer:
         )
         del progress.unevaluated[method.name]
         folder.save_progress(progress)
-        workspace.tracking.session(method.name, progress.tasks, done)
+        workspace.tracking.session(method.name, progress.basis.tasks, done)
         seen = {
             protocol: sum(row.accuracy[: index + 1]) / (index + 1) for protocol, row in rows.items()
         }

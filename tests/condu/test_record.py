@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,18 @@ from tiny_run import tiny_config, tiny_trainer
 from condu.bench import memory
 from condu.config import make_config
 from condu.evaluation import Evaluator, Row
-from condu.methods import METHODS, Learned, Method
+from condu.methods import METHODS, Method
 from condu.reconstruction import Fused, Reconstruction
-from condu.record import PeakBytes, PhasePeaks, Progress, Session
+from condu.record import (
+    Basis,
+    Learned,
+    PeakBytes,
+    PhasePeaks,
+    Progress,
+    Session,
+    TaskData,
+    Unevaluated,
+)
 from condu.runfolder import RunFolder, RunFolderError
 from condu.training import finetune
 from condu.tuning import Trained
@@ -141,7 +152,7 @@ def test_files_that_are_no_json_objects_are_named(tmp_path: Path, name: str, dam
     (tmp_path / name).write_bytes(damage)
     folder = RunFolder(tmp_path)
     with pytest.raises(RunFolderError, match=rf"{re.escape(str(tmp_path / name))} is damaged: "):
-        folder.load_results() if name == "results.json" else folder.load_progress(["a"], {})
+        folder.load_results() if name == "results.json" else folder.load_progress(BASIS)
 
 
 def test_the_machine_is_named(results: dict[str, Any]) -> None:
@@ -154,6 +165,27 @@ def test_the_machine_is_named(results: dict[str, Any]) -> None:
 
 # progress.json
 
+BASIS = Basis(["a", "b"], {"a": TaskData(["x", "y"], 3, 4)}, "0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"tasks": ["b", "a"]}, "tasks were a, b and are b, a now"),
+        ({"data": {"a": TaskData(["x", "z"], 3, 4)}}, "class 1 of task 'a' was 'y' and is 'z' now"),
+        ({"data": {"a": TaskData(["x"], 3, 4)}}, "class 1 of task 'a' was 'y' and is None now"),
+        ({"data": {"a": TaskData(["x", "y"], 2, 4)}}, "'a' had 3 train images and has 2 now"),
+        ({"data": {"a": TaskData(["x", "y"], 3, 9)}}, "'a' had 4 test images and has 9 now"),
+        ({"pretrained": "0123456789abcdee"}, "the pretrained weights are others now"),
+    ],
+)
+def test_progress_over_something_else_is_refused(
+    tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    RunFolder(tmp_path).save_progress(Progress(BASIS))
+    with pytest.raises(RunFolderError, match=f"over something else: .*{expected}"):
+        RunFolder(tmp_path).load_progress(dataclasses.replace(BASIS, **change))
+
 
 def test_progress_comes_back_as_it_was(tmp_path: Path) -> None:
     third = 100 / 3
@@ -164,10 +196,13 @@ def test_progress_comes_back_as_it_was(tmp_path: Path) -> None:
         misaligned=third,
         fused=Fused(7, {"a": Reconstruction(1.5, 0.25, None, -0.5)}),
     )
-    classes = {"a": ["x", "y"], "b": ["z"]}
-    progress = Progress(["a", "b"], classes, {"condu": [session], "pam": []})
+    progress = Progress(
+        BASIS,
+        {"condu": [session], "pam": []},
+        {"pam": Unevaluated(0, Learned(0.5, misaligned=third), PeakBytes(1, 2))},
+    )
     RunFolder(tmp_path).save_progress(progress)
-    assert RunFolder(tmp_path).load_progress(["a", "b"], classes) == progress
+    assert RunFolder(tmp_path).load_progress(BASIS) == progress
 
 
 def test_progress_of_an_older_version_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -183,10 +218,10 @@ def test_progress_of_an_older_version_is_refused_and_left_alone(tmp_path: Path) 
 
 
 def test_damaged_progress_is_named(tmp_path: Path) -> None:
-    values = {"format": 2, "tasks": ["a"], "classes": {}, "methods": {"condu": [{"rows": {}}]}}
+    values = {"format": 2, "basis": asdict(BASIS), "methods": {"condu": [{"rows": {}}]}}
     (tmp_path / "progress.json").write_text(json.dumps(values))
     with pytest.raises(RunFolderError, match=r"damaged: methods\.condu\.0\.train: "):
-        RunFolder(tmp_path).load_progress(["a"], {})
+        RunFolder(tmp_path).load_progress(BASIS)
 
 
 @pytest.mark.parametrize("method", ["condu", "wise_ft", "rail_primal", "pam"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny_run import (
+    Images,
     numbers,
     run_in_two_processes,
     tiny_benchmark,
@@ -310,27 +311,34 @@ def test_resume_refuses_another_configuration(finished: Path) -> None:
 def test_resume_refuses_other_tasks(finished: Path) -> None:
     trainer = tiny_trainer(finished)
     trainer.benchmark = trainer.benchmark.order(["tones", "hues"])
-    with pytest.raises(RunFolderError, match="tasks hues, tones, not tones, hues"):
+    with pytest.raises(RunFolderError, match="tasks were hues, tones and are tones, hues now"):
         trainer.run(resume=True)
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (("green", "red", "blue"), "number 0 was 'red' and is 'green' now"),
-        (("red", "green"), "number 2 was 'blue' and is None now"),
-    ],
-)
-def test_resume_refuses_other_classes(
-    finished: Path, names: tuple[str, ...], expected: str
-) -> None:
+def test_resume_refuses_other_images_and_weights(finished: Path) -> None:
     trainer = tiny_trainer(finished)
     hues, tones = trainer.benchmark.tasks
-    trainer.benchmark = dataclasses.replace(
-        trainer.benchmark, tasks=(dataclasses.replace(hues, classnames=names), tones)
-    )
-    with pytest.raises(RunFolderError, match=f"'hues' has other classes: {expected}"):
+    fewer = dataclasses.replace(hues, load=lambda split: Images([(9, 9, 9)] * 2, "train"))
+    trainer.benchmark = dataclasses.replace(trainer.benchmark, tasks=(fewer, tones))
+    with pytest.raises(RunFolderError, match="task 'hues' had 90 test images and has 48 now"):
         trainer.run(resume=True)
+    trainer = tiny_trainer(finished)
+    next(trainer.live.model.parameters()).data.view(-1)[0] += 1
+    with pytest.raises(RunFolderError, match="the pretrained weights are others now"):
+        trainer.run(resume=True)
+
+
+def test_two_processes_do_not_work_on_one_run(finished: Path) -> None:
+    script = "import fcntl, sys; file = open(sys.argv[1], 'r+b'); fcntl.flock(file, fcntl.LOCK_EX);"
+    script += "print('held', flush=True); input()"
+    command = [sys.executable, "-c", script, str(finished / "config.yaml")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(RunFolderError, match=f"{finished}: another process works on this run"):
+            tiny_trainer(finished).run(resume=True)
+        other.communicate(b"\n")
+    tiny_trainer(finished).run(resume=True)
 
 
 def test_what_a_method_refuses_leaves_no_folder(tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def _workspace(folder: Path, progress: RunProgress) -> Workspace:
         raise RunFolderError(f"{folder} is not the folder of a run: there is no config.yaml in it")
     config = load_config(run.config_file)
     trainer = ContinualTrainer.from_config(config, folder)
+    run.load_progress(trainer.basis())
     if not trainer.live.votes:
         raise ConfigError(
             f"{run.config_file}: model.name: condu ablate compares ways to vote, for which it takes"
