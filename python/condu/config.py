@@ -119,15 +119,26 @@ def load_config(path: str | os.PathLike[str]) -> RunConfig:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: must hold keys and values, found {type(values).__name__}")
-    return make_config(values, source)
+    benchmark = values.get("benchmark") or {}
+    unnamed = isinstance(benchmark, dict) and "name" not in benchmark
+    # what else is wrong comes first, but of keys that only some benchmarks have nothing is known
+    config = None if unnamed and benchmark else make_config(values, source)
+    if unnamed or config is None:
+        raise ConfigError(f"{source}: benchmark.name is missing: mini, mini_vqa, folders or mtil")
+    return config
 
 
 def find_config(path: Path) -> Path:
     """The file itself, or, where there is none, the one that comes with the package under that
-    name: `configs/mini.yaml`, `configs/mini_vqa_pam.yaml`."""
-    packaged = Path(__file__).parent / "configs" / path.name
-    found = path.exists() or path.parent != Path("configs") or not packaged.is_file()
-    return path if found else packaged
+    name: `configs/mini.yaml`, `mini.yaml` or `mini`. `ConfigError` if there is neither."""
+    folder = Path(__file__).parent / "configs"
+    packaged = folder / path.with_suffix(".yaml").name
+    if path.exists():
+        return path
+    if path.parent in (Path(), Path("configs")) and packaged.is_file():
+        return packaged
+    names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    raise ConfigError(f"{path} is no file, nor one that comes with the package: {names}")
 
 
 def demo_config() -> RunConfig:
@@ -140,7 +151,14 @@ def make_config(values: Mapping[str, Any], source: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(_explain(problem) for problem in error.errors())
+        found = error.errors()
+        # of a list with a wrong entry pydantic also says that it is too short without it
+        inner = {problem["loc"][:-1] for problem in found}
+        problems = "; ".join(
+            _explain(problem)
+            for problem in found
+            if problem["type"] != "too_short" or problem["loc"] not in inner
+        )
         raise ConfigError(f"{source}: {problems}") from None
 
 

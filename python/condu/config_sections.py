@@ -27,13 +27,12 @@ class Section(BaseModel):
 
 
 class BenchmarkConfig(Section):
-    """Which tasks, in which order. `tasks` keeps only the first n of the order.
+    """Which tasks, in which order: `order` names some or all, and `tasks` keeps the first n.
 
     For `mtil` and `folders`, whose images are on disk: `root`, the folder of the data sets;
     `shots`, training images of each class (None: all), drawn with `seed`; `workers`, processes
     that decode (None: 4), whose number changes the random crops. For `mtil` also `download`,
     whether to fetch what is missing; its `order` may be I or II too, and is then read as that list.
-    The `order` of `folders` may leave tasks out.
     """
 
     name: str = "mini"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -34,7 +35,11 @@ _USERS = (ValueError, TypeError, KeyError, OSError, RuntimeError, FloatingPointE
 
 @contextmanager
 def errors(command: str, debug: bool) -> Iterator[None]:
-    """Turn what a user can put right into one line and exit status 2."""
+    """Turn what a user can put right into one line and exit status 2, and warnings into a line."""
+    # of a number of workers that decides crops, and so is not the machine's to choose
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    as_python_does = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
     try:
         yield
     except ModuleNotFoundError as error:
@@ -50,6 +55,8 @@ def errors(command: str, debug: bool) -> Iterator[None]:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         complain(" ".join(str(message).split()))
         raise typer.Exit(2) from None
+    finally:
+        warnings.formatwarning = as_python_does
 
 
 def complain(message: str, *, kind: str = "error") -> None:

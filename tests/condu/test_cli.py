@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from condu import trainer
 from condu.cli import app
+from condu.config import ConfigError
 from condu.methods import ALL, METHODS
 from condu.tasks import configured
 
@@ -117,7 +118,7 @@ def test_a_missing_file_is_one_line() -> None:
 
 def test_debug_shows_the_traceback() -> None:
     result = condu("run", "none.yaml", "--debug")
-    assert isinstance(result.exception, FileNotFoundError)
+    assert isinstance(result.exception, ConfigError)
 
 
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

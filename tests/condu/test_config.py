@@ -58,8 +58,8 @@ def test_a_file_is_read_and_written_back_unchanged(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, config.to_yaml())) == config
 
 
-def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, "")) == RunConfig()
+def test_what_is_not_given_is_the_default(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "benchmark: {name: mini}")) == RunConfig()
 
 
 def test_the_demo_runs_all_methods_on_the_mini_benchmark() -> None:
@@ -126,10 +126,11 @@ def test_configurations_that_come_with_the_package_are_found_by_name_unless_a_fi
     assert load_config(find_config(Path("configs/mini.yaml"))) == demo_config()
     vqa = load_config(find_config(Path("configs/mini_vqa_pam.yaml")))
     assert vqa.benchmark.name == vqa.model.name == "mini_vqa"
-    assert find_config(Path("mini.yaml")) == Path("mini.yaml")
+    packaged = find_config(Path("configs/mini.yaml"))
+    assert find_config(Path("mini.yaml")) == find_config(Path("mini")) == packaged
     Path("configs").mkdir()
     own = Path("configs/mini.yaml")
-    own.write_text("seed: 7")
+    own.write_text("benchmark: {name: mini}\nseed: 7")
     assert load_config(find_config(own)).seed == 7
 
 
@@ -141,5 +142,21 @@ def test_adapters_train_as_all_weights_do_but_for_what_is_said_of_them() -> None
     assert given.batch_size == 5
 
 
-def test_a_configuration_that_is_nowhere_is_named_as_it_was_given() -> None:
-    assert find_config(Path("configs/typo.yaml")) == Path("configs/typo.yaml")
+@pytest.mark.parametrize("name", ["configs/typo.yaml", "typo", "else/mini.yaml"])
+def test_a_configuration_that_is_nowhere_is_named_with_those_that_there_are(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is no file.*: folders_condu, mini, mini_vqa"):
+        find_config(Path(name))
+
+
+@pytest.mark.parametrize("text", ["", "seed: 1", "benchmark: {root: data}"])
+def test_a_file_says_which_benchmark_it_is_for(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"yaml: benchmark\.name is missing: mini, mini_vqa, fol"):
+        load_config(write(tmp_path, text))
+
+
+def test_a_wrong_entry_of_a_list_is_one_problem() -> None:
+    with pytest.raises(ConfigError, match=r"got 'taskid'$") as error:
+        make_config({"protocols": ["taskid"]})
+    assert ";" not in str(error.value)
+    with pytest.raises(ConfigError, match="protocols: tuple should have at least 1 item"):
+        make_config({"protocols": []})

@@ -371,6 +371,8 @@ def test_order_and_number_of_tasks() -> None:
     order = names[::-1]
     config = make_config({"benchmark": {"order": order, "tasks": 2}})
     assert [task.name for task in make_benchmark(config)] == order[:2]
+    some = make_config({"benchmark": {"order": [order[3], order[0]]}})
+    assert [task.name for task in make_benchmark(some)] == [order[3], order[0]]
 
 
 @pytest.mark.parametrize(

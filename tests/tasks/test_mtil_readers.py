@@ -233,6 +233,14 @@ def test_a_download_that_fails_says_how_to_do_it_by_hand(
         open_source(SOURCE["DTD"], tmp_path, download=True)
 
 
+def test_nothing_is_downloaded_before_what_cannot_be_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.DTD, "_download", lambda self: pytest.fail("fetched"))
+    with pytest.raises(DataError, match=r"StanfordCars: .* is missing"):
+        mtil_benchmark(tmp_path, ["DTD", "StanfordCars"], download=True)
+
+
 def test_what_torchvision_cannot_download_is_not_tried(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cars_meta.mat is missing; .*cars_test\.tgz in"):
         open_source(SOURCE["StanfordCars"], tmp_path, download=True)

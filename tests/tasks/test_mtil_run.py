@@ -115,7 +115,8 @@ def test_wrong_values_are_named(wanted: dict[str, Any], expected: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"order": ["DTD"]}, "benchmark.order: must name each of Aircraft, .* once, got DTD"),
+        ({"order": ["DTD", "DTD"]}, "benchmark.order: 'DTD' is listed twice"),
+        ({"order": ["DTD"], "tasks": 2}, "benchmark.tasks: got 2, but there are 1 tasks"),
         ({"order": ["dtd"]}, "benchmark.order: benchmark 'mtil' has no task 'dtd', there are: Air"),
         ({"tasks": 12}, "benchmark.tasks: got 12, but there are 11 tasks"),
     ],

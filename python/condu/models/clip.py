@@ -130,8 +130,8 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipModel:
     ``"mini"`` is the model shipped with condu.tasks.mini and takes no ``pretrained``. Any other
     name is one of open_clip's, with ``pretrained`` a tag that open_clip knows or a local file;
     None gives random weights. Raises ValueError for an unknown name or tag, for a file that holds
-    no weights of this model, and for weights that were trained with another activation than the
-    model has.
+    no weights of this model, weights that cannot be fetched, and such as were trained with another
+    activation than the model has.
     """
     if name == "mini":
         if pretrained is not None:
@@ -151,10 +151,19 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipModel:
             name, pretrained, aug_cfg=AUGMENTATION
         )
     except Exception as error:  # a file that is no checkpoint raises anything from KeyError on
-        if pretrained is None or not Path(pretrained).is_file():
+        if pretrained is None:
             raise
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")
-        raise ValueError(f"{pretrained!r} holds no weights of model {name!r}: {reason}") from error
+        if Path(pretrained).is_file():
+            problem = f"{pretrained!r} holds no weights of model {name!r}: {reason}"
+        else:
+            source = open_clip.get_pretrained_cfg(name, pretrained)
+            hub = source.get("hf_hub", "").strip("/")
+            problem = (
+                f"weights {pretrained!r} of model {name!r} could not be fetched ({reason}): without"
+                f" a network give a file as pretrained, from {hub or source.get('url')}"
+            )
+        raise ValueError(problem) from error
     return ClipModel(
         name=name,
         model=model.eval(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from condu.config import ConfigError, RunConfig
@@ -17,9 +18,9 @@ from condu.tasks.mtil.tasks import mtil_benchmark
 
 
 def make_benchmark(config: RunConfig) -> Benchmark:
-    """The benchmark of a configuration: its order, then its first tasks. `ConfigError` if the
-    configuration names tasks that the benchmark does not have, not all of them (of folders it may
-    leave some out), or wants more than there are."""
+    """The benchmark of a configuration: the tasks of its order, and of these the first.
+    `ConfigError` if it names tasks that the benchmark does not have, or one twice, or wants more
+    than there are."""
     wanted = config.benchmark
     if wanted.name == "mtil":
         names = list(ORDERS["I"])
@@ -43,18 +44,14 @@ def make_benchmark(config: RunConfig) -> Benchmark:
                 f"there are: {', '.join(names)}"
             )
     order = names if wanted.order is None else list(wanted.order)
-    if wanted.name == "folders":  # of which not every one has to be a task
-        names = sorted(set(order))
-    if sorted(order) != sorted(names):
-        raise ConfigError(
-            f"benchmark.order: must name each of {', '.join(names)} once, got {', '.join(order)}"
-        )
-    count = wanted.tasks or len(names)
-    if count > len(names):
-        raise ConfigError(f"benchmark.tasks: got {count}, but there are {len(names)} tasks")
+    if twice := [name for name in order if order.count(name) > 1]:
+        raise ConfigError(f"benchmark.order: {twice[0]!r} is listed twice")
+    count = wanted.tasks or len(order)
+    if count > len(order):
+        raise ConfigError(f"benchmark.tasks: got {count}, but there are {len(order)} tasks")
     if wanted.name in ON_DISK:  # only what is used has to be there
         return _on_disk(wanted, order[:count])
-    return benchmark.order(order).subset(count)
+    return replace(benchmark, tasks=tuple(benchmark[name] for name in order[:count]))
 
 
 def _on_disk(wanted: BenchmarkConfig, names: Sequence[str]) -> Benchmark:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from PIL import Image
 
 from condu.tasks.images import Images
 
@@ -43,17 +44,19 @@ class Finding:
 
 
 def absent_files(split: str, images: Images) -> Iterator[str]:
-    """What is wrong with the files of a split, which are looked up and not read."""
-    bad = [path for path in images.files if not _holds_something(path)]
+    """What is wrong with the files of a split, of which only the beginnings are read: one that is
+    cut off passes."""
+    bad = [path for path in images.files if not _begins_as_an_image(path)]
     if bad:
         yield (
-            f"{len(bad)} of {len(images)} {split} images are missing or empty, "
+            f"{len(bad)} of {len(images)} {split} images are missing or no images, "
             f"the first is {bad[0]}"
         )
 
 
-def _holds_something(path: Path) -> bool:
+def _begins_as_an_image(path: Path) -> bool:
     try:
-        return os.stat(path).st_size > 0
-    except OSError:
+        with Image.open(path):
+            return True
+    except (OSError, SyntaxError, ValueError):
         return False

@@ -107,13 +107,22 @@ def _images(folder: Path) -> tuple[Images, list[str]]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not there")
     try:
-        reader = ImageFolder(str(folder), is_valid_file=_is_image)
+        reader = _VisibleFolders(str(folder), is_valid_file=_is_image)
     except OSError as error:  # no classes, or none with an image
         raise DataError(f"{folder}: {error}") from None
     files = [Path(file) for file, _ in reader.samples]
     labels = np.asarray(reader.targets, dtype=np.int64)
     rows = np.arange(len(files))
     return Images(str(folder), reader, labels, files, rows), list(reader.classes)
+
+
+class _VisibleFolders(ImageFolder):
+    """Without those that editors leave, such as .ipynb_checkpoints."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        classes, _ = super().find_classes(directory)
+        visible = [name for name in classes if name[0] != "."]
+        return visible, {name: label for label, name in enumerate(visible)}
 
 
 def _is_image(path: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 
@@ -52,8 +52,10 @@ class Images(Dataset[tuple[Image.Image, int]]):
             image, label = self._reader[int(row)]
             return image.convert("RGB"), int(label)
         except (OSError, SyntaxError, ValueError) as error:  # whatever PIL makes of a bad file
-            where = self._files[row] if self._files else f"image {row}"
-            raise DataError(f"{self.name}: {where} cannot be read: {error}") from error
+            where = str(self._files[row]) if self._files else f"image {row}"
+            reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
+            named = "" if where.startswith(self.name) else f"{self.name}: "
+            raise DataError(f"{named}{where} cannot be read: {reason}") from error
 
     @property
     def labels(self) -> np.ndarray:

@@ -41,6 +41,13 @@ def instructions(source: Source, root: Path) -> str:
     return source.how.format(root=root)
 
 
+def check_present(source: Source, root: Path) -> None:
+    """Raises DataError, with what goes where, if a file without which a data set cannot be read is
+    not below ``root``."""
+    if absent := missing(source, root):
+        raise DataError(f"{source.name}: {absent[0]} is missing; {instructions(source, root)}")
+
+
 def open_source(source: Source, root: Path, *, download: bool = False) -> Opened:
     """Find a data set below ``root``, or fetch it there first with ``download``.
 
@@ -48,10 +55,10 @@ def open_source(source: Source, root: Path, *, download: bool = False) -> Opened
     Raises DataError: something is missing, with what goes where; it cannot be downloaded; its lists
     make no sense.
     """
-    if absent := missing(source, root):
-        if not (download and source.downloads):
-            raise DataError(f"{source.name}: {absent[0]} is missing; {instructions(source, root)}")
+    if download and source.downloads and missing(source, root):
         _download(source, root)
+    else:
+        check_present(source, root)
     try:
         if source.train is None or source.test is None:
             whole = _images(source, root)

@@ -12,7 +12,7 @@ from condu.tasks.benchmark import Benchmark, Task
 from condu.tasks.few_shot import few_shot
 from condu.tasks.images import split_of
 from condu.tasks.mtil.classnames import classnames
-from condu.tasks.mtil.readers import Opened, open_source, sizes
+from condu.tasks.mtil.readers import Opened, check_present, open_source, sizes
 from condu.tasks.mtil.sources import ORDERS, SOURCES, Source
 
 
@@ -39,6 +39,9 @@ def mtil_benchmark(
         if name not in sources:
             raise ValueError(f"MTIL has no data set {name!r}, only {', '.join(sources)}")
     folder = Path(root).expanduser()
+    for name in names:  # what nobody fetches, before the others are
+        if not (download and sources[name].downloads):
+            check_present(sources[name], folder)
     tasks = [
         _task(sources[name], open_source(sources[name], folder, download=download), shots, seed)
         for name in names
