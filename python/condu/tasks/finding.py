@@ -43,7 +43,7 @@ class Finding:
     downloads: bool = False
 
 
-def absent_files(split: str, images: Images) -> Iterator[str]:
+def unreadable_files(split: str, images: Images) -> Iterator[str]:
     """What is wrong with the files of a split, of which only the beginnings are read: one that is
     cut off passes."""
     bad = [path for path in images.files if not _begins_as_an_image(path)]

@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 
 from condu.tasks.benchmark import Benchmark, Task
 from condu.tasks.few_shot import few_shot
-from condu.tasks.finding import Finding, Sizes, State, absent_files
+from condu.tasks.finding import Finding, Sizes, State, unreadable_files
 from condu.tasks.images import DataError, Images, split_of
 
 TEMPLATES = ("a photo of a {}.",)
@@ -82,8 +82,8 @@ def open_task(folder: Path, *, shots: int | None = None, seed: int = 0) -> Task:
 
 
 def check_folders(root: Path) -> list[Finding]:
-    """Look at every task below ``root``: every image is looked up but not decoded. DataError if
-    there is no task."""
+    """Look at every task below ``root``: of every image the beginning is read. DataError if there
+    is no task."""
     return [_find(root / name) for name in task_names(root)]
 
 
@@ -97,7 +97,7 @@ def _find(folder: Path) -> Finding:
     assert isinstance(train, Images)
     assert isinstance(test, Images)
     found = Sizes(len(task.classnames), len(train), len(test))
-    problems = (*absent_files("training", train), *absent_files("test", test))
+    problems = (*unreadable_files("training", train), *unreadable_files("test", test))
     state: State = "incomplete" if problems else "complete"
     return Finding(folder.name, state, None, found, problems, how)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from condu.tasks.finding import Finding, Sizes, State, absent_files
+from condu.tasks.finding import Finding, Sizes, State, unreadable_files
 from condu.tasks.images import DataError
 from condu.tasks.mtil.readers import (
     Opened,
@@ -20,8 +20,8 @@ from condu.tasks.mtil.sources import SOURCES, Source
 
 
 def check(root: Path) -> list[Finding]:
-    """Look at every data set of MTIL below ``root``: lists are read, and every image is looked up
-    but not decoded. Nothing is written or fetched."""
+    """Look at every data set of MTIL below ``root``: lists are read, and of every image the
+    beginning. Nothing is written or fetched."""
     return [_find(source, root) for source in SOURCES]
 
 
@@ -55,4 +55,4 @@ def _problems(expected: Sizes, found: Sizes, opened: Opened) -> Iterator[str]:
                 f"{len(empty)} of {found.classes} classes have no {split} images, "
                 f"the first is {first!r}"
             )
-        yield from absent_files(split, images)
+        yield from unreadable_files(split, images)
