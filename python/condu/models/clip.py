@@ -153,23 +153,25 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipModel:
     except Exception as error:  # a file that is no checkpoint raises anything from KeyError on
         if pretrained is None:
             raise
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")
-        if Path(pretrained).is_file():
-            problem = f"{pretrained!r} holds no weights of model {name!r}: {reason}"
-        else:
-            source = open_clip.get_pretrained_cfg(name, pretrained)
-            hub = source.get("hf_hub", "").strip("/")
-            problem = (
-                f"weights {pretrained!r} of model {name!r} could not be fetched ({reason}): without"
-                f" a network give a file as pretrained, from {hub or source.get('url')}"
-            )
-        raise ValueError(problem) from error
+        raise ValueError(_without_weights(name, pretrained, error)) from error
     return ClipModel(
         name=name,
         model=model.eval(),
         tokenize=open_clip.get_tokenizer(name),
         train_transform=train_transform,
         test_transform=test_transform,
+    )
+
+
+def _without_weights(name: str, pretrained: str, error: Exception) -> str:
+    reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")
+    if Path(pretrained).is_file():
+        return f"{pretrained!r} holds no weights of model {name!r}: {reason}"
+    source = open_clip.get_pretrained_cfg(name, pretrained)
+    hub = source.get("hf_hub", "").strip("/")
+    return (
+        f"weights {pretrained!r} of model {name!r} could not be fetched ({reason}): without a "
+        f"network give a file as pretrained, from {hub or source.get('url')}"
     )
 
 
