@@ -25,8 +25,9 @@ from condu.report.gathering import ReportError, differences, gather
 from condu.report.heatmaps import LEVELS
 from condu.report.markup import digest, environment, source_of
 from condu.report.palette import DARK, LIGHT
-from condu.report.panels import SHADES, WIDTH, shade
-from condu.report.scatter import HUES, Scatter, scatter
+from condu.report.panels import WIDTH
+from condu.report.scatter import Scatter, scatter
+from condu.report.taskmarks import HUES, task_marks
 from condu.runfolder import write_text
 
 
@@ -51,7 +52,7 @@ def page(experiments: Sequence[Experiment]) -> str:
     """The page about these experiments."""
     templates = environment()
     style = templates.get_template("style.css.j2").render(
-        light=LIGHT, dark=DARK, levels=LEVELS, shades=SHADES, hues=HUES
+        light=LIGHT, dark=DARK, levels=LEVELS, hues=HUES
     )
     script = source_of(templates, "script.js")
     first = experiments[0]
@@ -80,7 +81,7 @@ def page(experiments: Sequence[Experiment]) -> str:
         elsewhere=published_elsewhere(experiments),
         published_note=captions.published_note(experiments),
         configurations=[escape(captions.configuration(each)) for each in experiments],
-        legend_tasks=[(task, shade(place, len(tasks))) for place, task in enumerate(tasks)],
+        marks=task_marks(tasks),
         width=WIDTH,
     )
 

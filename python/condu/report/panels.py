@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from matplotlib.ticker import MaxNLocator
 
 from condu.report.spread import Spread
+from condu.report.taskmarks import TaskMark, task_marks
 
 WIDTH = 340.0
-SHADES = 12
-"""Shades in which the templates draw the tasks, from the first to the last."""
 
 Number = Callable[[float], str]
 Points = Sequence[tuple[int, Spread]]
@@ -73,8 +72,7 @@ class Dot:
 class Line:
     """One task over the sessions: `before` it was learnt and `since`, which share a point."""
 
-    name: str
-    shade: int
+    mark: TaskMark
     before: list[Dot]
     since: list[Dot]
 
@@ -141,8 +139,9 @@ def line_panel(
     frame = LinePanel(title, [], [], [])
     sessions = max(len(tasks), 2)
     x = Axis(1, sessions, frame.left + 8, frame.right - 8)
-    marks = _round_values(min(0, *means), max(high, *means))
-    y = Axis(marks[0], marks[-1], frame.bottom, frame.top)
+    heights = _round_values(min(0, *means), max(high, *means))
+    y = Axis(heights[0], heights[-1], frame.bottom, frame.top)
+    marks = task_marks(tasks)
     lines = []
     for name, points in series.items():
         learnt = tasks.index(name)
@@ -156,19 +155,13 @@ def line_panel(
         }
         lines.append(
             Line(
-                name,
-                shade(learnt, len(tasks)),
+                marks[learnt],
                 [dot for session, dot in dots.items() if session <= learnt],
                 [dot for session, dot in dots.items() if session >= learnt],
             )
         )
     whole = [n for n in _round_values(1, sessions, integer=True) if 1 <= n <= len(tasks)]
-    return LinePanel(title, lines, _ticks(x, whole), _ticks(y, marks))
-
-
-def shade(position: int, count: int) -> int:
-    """Which of the shades a task has."""
-    return round(position / max(count - 1, 1) * (SHADES - 1))
+    return LinePanel(title, lines, _ticks(x, whole), _ticks(y, heights))
 
 
 def _round_values(low: float, high: float, *, integer: bool = False) -> list[float]:
