@@ -3,6 +3,7 @@ test_report_browser.py."""
 
 from __future__ import annotations
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,28 @@ def test_votes_are_shown_where_the_task_is_not_given(tmp_path: Path) -> None:
     assert "<summary>task-id" not in votes  # there, it is the data set's own task
     given = results(methods=("condu",), protocols=("task-id",))
     assert 'id="votes"' not in written(tmp_path / "given", given, features=None)
+
+
+def votes_of(page: str) -> list[str]:
+    """Captions of the matrices of votes."""
+    section = page[page.index('id="votes"') : page.index('id="fusion"')]
+    return [part.partition("<span>")[0].strip() for part in section.split("<figcaption>")[1:]]
+
+
+def test_votes_that_are_the_same_are_shown_once(tmp_path: Path) -> None:
+    found = results(methods=("condu", "emr", "dpeclip_id"))
+    methods = found["methods"]
+    for name in ("emr", "dpeclip_id"):
+        methods[name] = json.loads(json.dumps(methods["condu"]))
+    votes = methods["dpeclip_id"]["protocols"]["agnostic"]["votes"][-1]
+    votes[0][1] += 1
+    assert votes_of(written(tmp_path, found, features=None)) == ["condu, emr", "dpeclip_id"]
+
+
+def test_bwt_and_forgetting_are_explained(tmp_path: Path) -> None:
+    page = " ".join(written(tmp_path, results(), features=None).split())
+    assert "at its best from then until before the final session" in page
+    assert "never less than −BWT" in page
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:

@@ -47,6 +47,16 @@ def test_a_given_greatest_value_is_the_scale() -> None:
     assert panel is not None
     assert full is not None
     assert panel.bars[0].end - panel.start == pytest.approx((full.bars[0].end - full.start) / 2)
+    assert [tick.text for tick in panel.ticks] == ["0", "50", "100"]
+    assert [panel.ticks[n].at for n in (0, 1)] == [panel.start, panel.bars[0].end]
+    assert panel.height > panel.bottom  # where the numbers stand
+
+
+def test_an_axis_without_numbers_has_no_lines() -> None:
+    panel = bar_panel("t", {"a": one(50)}, number)
+    assert panel is not None
+    assert panel.ticks == []
+    assert panel.height == panel.bottom
 
 
 @pytest.mark.parametrize("values", [{}, {"a": None}])

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 
 from condu.report import captions
 from condu.report.comparing import published_elsewhere
+from condu.report.datasets import data_sets, resolution
 from condu.report.embedding import feature_map
 from condu.report.experiment import METRICS, Experiment
 from condu.report.figures import (
@@ -65,7 +66,8 @@ def page(experiments: Sequence[Experiment]) -> str:
         script_hash=digest(script),
         benchmark=first.first["benchmark"],
         tasks=tasks,
-        classes=first.first["classes"],
+        data_sets=data_sets(experiments),
+        resolution=resolution(experiments),
         lead=captions.lead(tasks),
         at_a_glance=captions.at_a_glance(experiments),
         experiments=experiments,

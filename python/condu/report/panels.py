@@ -54,10 +54,13 @@ class Bar:
 
 @dataclass(frozen=True)
 class BarPanel:
+    """`ticks` are labelled lines below `bottom`; none where the numbers beside the bars suffice."""
+
     title: str
     bars: list[Bar]
-    grid: list[float]
+    ticks: list[Tick]
     start: float
+    bottom: float
     height: float
 
 
@@ -98,8 +101,8 @@ def bar_panel(
     greatest: float | None = None,
     marked: frozenset[str] = frozenset(),
 ) -> BarPanel | None:
-    """Horizontal bars from 0 to `greatest` (default: the greatest measurement), one for each name
-    that has a value. None if there is none."""
+    """Horizontal bars, one for each name that has a value: from 0 to `greatest`, with ticks, or to
+    the greatest measurement. None if there is no value."""
     measured = {name: spread for name, spread in values.items() if spread is not None}
     if not measured:
         return None
@@ -118,8 +121,9 @@ def bar_panel(
         )
         for position, (name, spread) in enumerate(measured.items())
     ]
-    grid = [axis(value) for value in _round_values(0, high) if value <= high]
-    return BarPanel(title, bars, grid, start, top + row * len(bars) + 4)
+    ticks = _ticks(axis, (0, greatest / 2, greatest)) if greatest else []
+    bottom = top + row * len(bars) + 4
+    return BarPanel(title, bars, ticks, start, bottom, bottom + 14 * bool(ticks))
 
 
 def line_panel(
