@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 from written_run import results, write_run
@@ -363,6 +364,30 @@ def test_the_command_writes_the_page_and_compares_without_one(tmp_path: Path) ->
     assert "mini, agnostic" in result.stdout
     assert "(seed 1)" in result.stdout
     assert not (folders[0] / "report").exists()
+
+
+def test_of_one_run_the_summary_comes_first_and_then_the_rest(tmp_path: Path) -> None:
+    protocols = ("task-id", "union-x-tail")
+    folder = write_run(tmp_path / "run", results(methods=("pam", "condu"), protocols=protocols))
+    result = condu("report", folder)
+    assert result.exit_code == 0, result.output
+    said = ["protocol task-id", "protocol union-x-tail", "misaligned", "condu, task-id (%)"]
+    places = [result.stdout.index(words) for words in (*said, "summary.png")]
+    assert places == sorted(places)
+
+
+def test_pictures_are_there_before_anything_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Console, "print", ends)  # as under `| head`
+    folder = write_run(tmp_path / "run", results(methods=("condu",)))
+    condu("report", folder)
+    assert {file.name for file in (folder / "report").iterdir()} == {
+        *("accuracy-condu-task-id.png", "accuracy-condu-agnostic.png", "summary.png")
+    }
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])

@@ -183,6 +183,17 @@ def test_axes_of_tasks_mark_whole_numbers_and_the_last(last: int) -> None:
         assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
+def test_the_last_point_of_a_line_has_a_marker() -> None:
+    changes = [0.5, 0.25, 0.125, 0.0625, 0.0]  # of which no logarithm is drawn
+    rows = [
+        {"tasks": n, "delta_change": change, **dict.fromkeys(SHARES, change)}
+        for n, change in enumerate(changes, start=2)
+    ]
+    (axes,) = _change({"random": {"joining": rows, "decay": None}}).axes
+    marked = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    assert marked[1:] == [[[5, 6.25]]]  # the first is the line
+
+
 def test_interrupted_it_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
