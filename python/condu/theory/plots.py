@@ -110,14 +110,14 @@ def _panels(deltas: Mapping[str, Any]) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _line(axes: Axes, x: Sequence[int], y: np.ndarray, place: int, label: str) -> None:
-    """With a marker at every eighth of its length, and at its end, which the eighths may miss."""
+    """With markers at even distances along it, and at its end, which these may miss."""
     style: dict[str, Any] = {
         "color": COLOURS[place % len(COLOURS)],
         "marker": MARKERS[place % len(MARKERS)],
         "ms": 4,
         "lw": 1.4,
     }
-    axes.plot(x, y, **style, markevery=0.12, label=label)
+    axes.plot(x, y, **style, markevery=0.12, label=label)  # of the axes' diagonal
     drawn = np.flatnonzero(np.isfinite(y))
     if drawn.size:
         axes.plot(x[drawn[-1]], y[drawn[-1]], **style)
