@@ -78,4 +78,4 @@ def _label(places: np.ndarray) -> Label:
     the middle of several groups may be where there is none of them."""
     distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
     x, y = (float(value) for value in places[distances.sum(axis=1).argmin()])
-    return Label(x, y, "start" if x < WIDTH / 3 else "end" if x > WIDTH * 2 / 3 else "middle")
+    return Label(x, y, "start" if x < WIDTH / 4 else "end" if x > WIDTH * 3 / 4 else "middle")
