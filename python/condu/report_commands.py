@@ -49,14 +49,15 @@ def _show(folder: Path) -> None:
 
     console = Console()
     results = RunFolder(folder).load_results()
-    for name, method in results["methods"].items():
-        for protocol in method["protocols"]:
-            console.print(matrix_table(results, name, protocol))
+    pictures = save_plots(results, folder / "report")  # first, for `| head` ends the printing
     for table in summary_tables(results):
         console.print(table)
     if line := misalignment(results):
         console.print(line, highlight=False)
-    for file in save_plots(results, folder / "report"):
+    for name, method in results["methods"].items():
+        for protocol in method["protocols"]:
+            console.print(matrix_table(results, name, protocol))
+    for file in pictures:
         console.print(str(file), highlight=False, soft_wrap=True)
 
 

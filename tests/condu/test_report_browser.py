@@ -192,6 +192,39 @@ def test_figures_are_read_out_by_keys(open_page: Show, report: str) -> None:
     assert page.locator("#tip.shown, .at").count() == 0
 
 
+COLOUR = "e => getComputedStyle(e).color"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_task_has_one_colour_in_legends_curves_and_map(
+    open_page: Show, report: str, scheme: str
+) -> None:
+    page = open_page(report, scheme=scheme)
+    legends = page.locator(".legend.tasks").all()
+    assert len(legends) == 3  # of the curves, of the map and of what fusion keeps
+    colours = [[key.evaluate(COLOUR) for key in each.locator("li").all()] for each in legends]
+    assert len(set(colours[0])) == 4
+    assert colours[0] == colours[1] == colours[2]
+    for section in ("#forgetting", "#fusion"):
+        lines = page.locator(f"{section} svg").first.locator("g").all()
+        assert [line.evaluate(COLOUR) for line in lines] == colours[0]
+    clouds = page.locator(".map g").all()
+    fills = "e => getComputedStyle(e.firstElementChild).fill"
+    assert [cloud.evaluate(fills) for cloud in clouds] == colours[0] * 2  # images, then prototypes
+
+
+def test_a_phone_shows_names_on_the_map_that_can_be_read(open_page: Show, report: str) -> None:
+    page = open_page(report, width=360)
+    names = page.locator(".map text").all()
+    assert len(names) == 4
+    for name in names:
+        box = name.bounding_box()
+        assert box is not None
+        assert box["height"] >= 12
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 360
+
+
 def test_dark_and_light(open_page: Show, report: str) -> None:
     brightness = "parseInt(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])"
     for scheme, bright in (("light", True), ("dark", False)):

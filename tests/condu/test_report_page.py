@@ -3,12 +3,14 @@ test_report_browser.py."""
 
 from __future__ import annotations
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 from written_run import results, write_run
@@ -122,6 +124,28 @@ def test_votes_are_shown_where_the_task_is_not_given(tmp_path: Path) -> None:
     assert "<summary>task-id" not in votes  # there, it is the data set's own task
     given = results(methods=("condu",), protocols=("task-id",))
     assert 'id="votes"' not in written(tmp_path / "given", given, features=None)
+
+
+def votes_of(page: str) -> list[str]:
+    """Captions of the matrices of votes."""
+    section = page[page.index('id="votes"') : page.index('id="fusion"')]
+    return [part.partition("<span>")[0].strip() for part in section.split("<figcaption>")[1:]]
+
+
+def test_votes_that_are_the_same_are_shown_once(tmp_path: Path) -> None:
+    found = results(methods=("condu", "emr", "dpeclip_id"))
+    methods = found["methods"]
+    for name in ("emr", "dpeclip_id"):
+        methods[name] = json.loads(json.dumps(methods["condu"]))
+    votes = methods["dpeclip_id"]["protocols"]["agnostic"]["votes"][-1]
+    votes[0][1] += 1
+    assert votes_of(written(tmp_path, found, features=None)) == ["condu, emr", "dpeclip_id"]
+
+
+def test_bwt_and_forgetting_are_explained(tmp_path: Path) -> None:
+    page = " ".join(written(tmp_path, results(), features=None).split())
+    assert "at its best from then until before the final session" in page
+    assert "never less than −BWT" in page
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
@@ -342,6 +366,30 @@ def test_the_command_writes_the_page_and_compares_without_one(tmp_path: Path) ->
     assert not (folders[0] / "report").exists()
 
 
+def test_of_one_run_the_summary_comes_first_and_then_the_rest(tmp_path: Path) -> None:
+    protocols = ("task-id", "union-x-tail")
+    folder = write_run(tmp_path / "run", results(methods=("pam", "condu"), protocols=protocols))
+    result = condu("report", folder)
+    assert result.exit_code == 0, result.output
+    said = ["protocol task-id", "protocol union-x-tail", "misaligned", "condu, task-id (%)"]
+    places = [result.stdout.index(words) for words in (*said, "summary.png")]
+    assert places == sorted(places)
+
+
+def test_pictures_are_there_before_anything_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Console, "print", ends)  # as under `| head`
+    folder = write_run(tmp_path / "run", results(methods=("condu",)))
+    condu("report", folder)
+    assert {file.name for file in (folder / "report").iterdir()} == {
+        *("accuracy-condu-task-id.png", "accuracy-condu-agnostic.png", "summary.png")
+    }
+
+
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
 def test_everything_can_be_read_and_told_apart(theme: Theme) -> None:
     colours = theme.properties
@@ -350,7 +398,7 @@ def test_everything_can_be_read_and_told_apart(theme: Theme) -> None:
     for text in ("ink", "muted", "accent"):
         for ground in ("paper", "card"):
             assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
-    for drawn in (*theme.shades, *theme.hues):
+    for drawn in theme.hues:
         assert contrast(drawn, colours["card"]) >= 3, drawn
     lightness = [contrast(colour, colours["card"]) for colour in theme.heat]
     assert lightness == sorted(lightness)  # a higher value stands out more from the card

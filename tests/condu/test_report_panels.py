@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from condu.report.panels import SHADES, WIDTH, bar_panel, line_panel, shade
+from condu.report.panels import WIDTH, bar_panel, line_panel
 from condu.report.spread import Spread
+from condu.report.taskmarks import task_marks
 
 
 def number(value: float) -> str:
@@ -46,6 +47,16 @@ def test_a_given_greatest_value_is_the_scale() -> None:
     assert panel is not None
     assert full is not None
     assert panel.bars[0].end - panel.start == pytest.approx((full.bars[0].end - full.start) / 2)
+    assert [tick.text for tick in panel.ticks] == ["0", "50", "100"]
+    assert [panel.ticks[n].at for n in (0, 1)] == [panel.start, panel.bars[0].end]
+    assert panel.height > panel.bottom  # where the numbers stand
+
+
+def test_an_axis_without_numbers_has_no_lines() -> None:
+    panel = bar_panel("t", {"a": one(50)}, number)
+    assert panel is not None
+    assert panel.ticks == []
+    assert panel.height == panel.bottom
 
 
 @pytest.mark.parametrize("values", [{}, {"a": None}])
@@ -65,6 +76,7 @@ def test_a_line_is_divided_where_its_task_was_learnt() -> None:
     panel = line_panel("t", {"b": points, "a": points}, number, tasks=("a", "b", "c"), high=20)
     assert panel is not None
     line_b, line_a = panel.lines
+    assert [line.mark for line in panel.lines] == [task_marks(("a", "b"))[n] for n in (1, 0)]
     assert (len(line_a.before), len(line_a.since)) == (1, 3)
     assert (len(line_b.before), len(line_b.since)) == (2, 2)
     assert line_b.before[-1] == line_b.since[0]  # no gap between the two
@@ -86,9 +98,3 @@ def test_the_axis_reaches_beyond_what_was_measured() -> None:
     below = line_panel("t", {"a": [(0, one(-0.35))]}, number, tasks=("a",), high=1)
     assert below is not None
     assert below.lines[0].since[0].y < below.bottom
-
-
-def test_shades_run_from_the_first_task_to_the_last() -> None:
-    assert [shade(position, 3) for position in range(3)] == [0, round((SHADES - 1) / 2), SHADES - 1]
-    assert shade(0, 1) == 0
-    assert {shade(position, 100) for position in range(100)} == set(range(SHADES))

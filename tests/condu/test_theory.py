@@ -191,11 +191,11 @@ def test_a_task_that_did_not_move_changes_nothing() -> None:
 
 def test_decay_is_the_power_of_n() -> None:
     row = join(given([1, 2], [2, 1]), 2, ignore)[0]
-    rows = [replace(row, tasks=n, delta_change=3 / n**2) for n in range(2, 20)]
+    rows = [replace(row, tasks=n, delta_change=3 / n**2) for n in range(2, 21)]
     rows[0] = replace(rows[0], delta_change=9.0)  # only the second half counts
     assert decay(rows) == pytest.approx(-2)
-    assert decay(rows[-1:]) is None
-    assert decay([replace(row, delta_change=0.0)] * 4) is None
+    assert decay(rows[:-1]) is None  # of 19 tasks
+    assert decay([replace(row, delta_change=0.0) for row in rows]) is None
 
 
 def test_bad_numbers_and_deltas_are_refused() -> None:

@@ -17,6 +17,7 @@ from condu import tuning
 from condu.cli import app
 from condu.theory.finetunings import fine_tuning_of
 from condu.theory.plots import SHARES, _change, _flips
+from condu.theory.tables import tables
 from condu.trainer import ContinualTrainer
 from condu.weights import load_weights
 
@@ -181,6 +182,28 @@ def test_axes_of_tasks_mark_whole_numbers_and_the_last(last: int) -> None:
         assert len(numbers) > 1
         boxes = [tick.get_window_extent() for tick in axes.get_xticklabels()]
         assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+@pytest.mark.parametrize(
+    ("last", "shown"), [(6, ["2", "3", "4", "5", "6"]), (12, ["2", "5", "10", "12"])]
+)
+def test_the_table_has_every_task_where_there_are_few(last: int, shown: list[str]) -> None:
+    keys = (*SHARES, "delta_change")
+    rows = [{"tasks": n, **dict.fromkeys(keys, 0.5)} for n in range(2, last + 1)]
+    record = {"deltas": {"random": {"repetition": [], "joining": rows, "decay": None}}}
+    _, table = tables(record)
+    assert list(table.columns[0].cells) == shown
+
+
+def test_the_last_point_of_a_line_has_a_marker() -> None:
+    changes = [0.5, 0.25, 0.125, 0.0625, 0.0]  # of which no logarithm is drawn
+    rows = [
+        {"tasks": n, "delta_change": change, **dict.fromkeys(SHARES, change)}
+        for n, change in enumerate(changes, start=2)
+    ]
+    (axes,) = _change({"random": {"joining": rows, "decay": None}}).axes
+    marked = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    assert marked[1:] == [[[5, 6.25]]]  # the first is the line
 
 
 def test_interrupted_it_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,7 @@ def results(
         "seed": seed,
         "tasks": list(tasks),
         "classes": {task: [f"{task} {n}" for n in range(classes)] for task in tasks},
+        "images": {task: {"train": 90, "test": 40 + n} for n, task in enumerate(tasks)},
         "methods": {
             name: _method(draw, name, len(tasks), list(tasks), protocols) for name in methods
         },

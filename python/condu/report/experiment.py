@@ -76,6 +76,13 @@ class Experiment:
         return tuple(self.first["methods"])
 
     @property
+    def images(self) -> Mapping[str, Mapping[str, int]]:
+        """How many images each task had to `train` and to `test`, of the first seed that says so;
+        empty where none does, for older runs did not."""
+        known = (run.results.get("images") for run in self.runs)
+        return next((images for images in known if images), {})
+
+    @property
     def model(self) -> str:
         """As the configuration calls it."""
         model = self.first["configuration"]["model"]

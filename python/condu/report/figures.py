@@ -16,13 +16,14 @@ from condu.report.comparing import (
     published_for,
 )
 from condu.report.experiment import PHASES, Experiment, Fact
-from condu.report.heatmaps import HeatMap, accuracy_matrix, vote_matrix
+from condu.report.heatmaps import HeatMap, accuracy_matrix, vote_matrices
 from condu.report.panels import BarPanel, LinePanel, Points, bar_panel, line_panel
 from condu.report.published import PublishedTable
 from condu.report.tables import percent
 
-TRIGGERS: dict[Fact, str] = {"rescaler": "rescaler λ", "density": "mask density"}
-RECONSTRUCTION: dict[Fact, str] = {
+KEPT: dict[Fact, str] = {
+    "rescaler": "rescaler λ",
+    "density": "mask density",
     "relative_l2": "relative L2, ‖d̃ − d‖ / ‖d‖",
     "cosine": "cosine of d̃ and d",
 }
@@ -50,8 +51,7 @@ class FusionPart:
     """What one method keeps of each task in its unified model, over the sessions."""
 
     title: str
-    triggers: list[LinePanel]
-    reconstruction: list[LinePanel]
+    panels: list[LinePanel]
 
 
 def protocol_parts(experiments: Sequence[Experiment]) -> list[ProtocolPart]:
@@ -91,7 +91,6 @@ def _protocol_part(
     )
     # with the task given, every data set's first choice is its own task in the end
     voters = [] if protocol == "task-id" else pairs
-    votes = (vote_matrix(experiment, method, protocol) for experiment, method in voters)
     return ProtocolPart(
         name=protocol,
         rows=rows,
@@ -102,7 +101,7 @@ def _protocol_part(
         bars=[panel for panel in bars if panel],
         matrices=[accuracy_matrix(experiment, method, protocol) for experiment, method in pairs],
         curves=[panel for panel in curves if panel],
-        votes=[matrix for matrix in votes if matrix],
+        votes=vote_matrices(voters, protocol),
     )
 
 
@@ -123,21 +122,12 @@ def _fusion_part(experiment: Experiment, method: str) -> FusionPart:
         task: [(session, spread) for session, spread in points if session >= tasks.index(task)]
         for task, points in _accuracy_curves(experiment, method, protocol).items()
     }
-    triggers, reconstruction = (
-        [
-            line_panel(title, experiment.fused(method, fact), _digits, tasks=tasks, high=1)
-            for fact, title in titles.items()
-        ]
-        for titles in (TRIGGERS, RECONSTRUCTION)
+    kept = (
+        line_panel(title, experiment.fused(method, fact), _digits, tasks=tasks, high=1)
+        for fact, title in KEPT.items()
     )
-    reconstruction.append(
-        line_panel(f"accuracy ({protocol}), %", joined, _percent, tasks=tasks, high=100)
-    )
-    return FusionPart(
-        experiment.title(method),
-        [panel for panel in triggers if panel],
-        [panel for panel in reconstruction if panel],
-    )
+    accuracy = line_panel(f"accuracy ({protocol}), %", joined, _percent, tasks=tasks, high=100)
+    return FusionPart(experiment.title(method), [panel for panel in (*kept, accuracy) if panel])
 
 
 def cost_panels(experiments: Sequence[Experiment]) -> list[BarPanel]:

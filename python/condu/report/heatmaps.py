@@ -63,21 +63,33 @@ def accuracy_matrix(experiment: Experiment, method: str, protocol: str) -> HeatM
     )
 
 
-def vote_matrix(experiment: Experiment, method: str, protocol: str) -> HeatMap | None:
-    """Which task (columns) was the first choice of the images of each data set (rows) in the end;
-    None of a method that does not vote."""
-    shares = experiment.votes(method, protocol)
-    if shares is None:
-        return None
+def vote_matrices(voters: Sequence[tuple[Experiment, str]], protocol: str) -> list[HeatMap]:
+    """Which task (columns) was the first choice of the images of each data set (rows) in the end,
+    of the methods that vote; one matrix for all of those whose votes are the same."""
+    alike: list[tuple[list[list[float]], list[str]]] = []
+    for experiment, method in voters:
+        shares = experiment.votes(method, protocol)
+        if shares is None:
+            continue
+        titles = next((titles for known, titles in alike if known == shares), None)
+        if titles is None:
+            alike.append((shares, titles := []))
+        titles.append(experiment.title(method))
+    return [_vote_matrix(voters[0][0].tasks, shares, titles) for shares, titles in alike]
+
+
+def _vote_matrix(
+    tasks: Sequence[str], shares: Sequence[Sequence[float]], titles: Sequence[str]
+) -> HeatMap:
     return HeatMap(
-        title=experiment.title(method),
+        title=", ".join(titles),
         subtitle="first choice of a data set's images, %",
         corner="images of ↓ task →",
         tip="{value} % of the images of {row} are nearest to {column}",
-        columns=experiment.tasks,
+        columns=tasks,
         rows=[
             (task, [Cell(percent(share), _level(share)) for share in row])
-            for task, row in zip(experiment.tasks, shares, strict=True)
+            for task, row in zip(tasks, shares, strict=True)
         ],
     )
 

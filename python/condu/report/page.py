@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 
 from condu.report import captions
 from condu.report.comparing import published_elsewhere
+from condu.report.datasets import data_sets, resolution
 from condu.report.embedding import feature_map
 from condu.report.experiment import METRICS, Experiment
 from condu.report.figures import (
@@ -25,8 +26,9 @@ from condu.report.gathering import ReportError, differences, gather
 from condu.report.heatmaps import LEVELS
 from condu.report.markup import digest, environment, source_of
 from condu.report.palette import DARK, LIGHT
-from condu.report.panels import SHADES, WIDTH, shade
-from condu.report.scatter import HUES, Scatter, scatter
+from condu.report.panels import WIDTH
+from condu.report.scatter import Scatter, scatter
+from condu.report.taskmarks import HUES, task_marks
 from condu.runfolder import write_text
 
 
@@ -51,7 +53,7 @@ def page(experiments: Sequence[Experiment]) -> str:
     """The page about these experiments."""
     templates = environment()
     style = templates.get_template("style.css.j2").render(
-        light=LIGHT, dark=DARK, levels=LEVELS, shades=SHADES, hues=HUES
+        light=LIGHT, dark=DARK, levels=LEVELS, hues=HUES
     )
     script = source_of(templates, "script.js")
     first = experiments[0]
@@ -64,7 +66,8 @@ def page(experiments: Sequence[Experiment]) -> str:
         script_hash=digest(script),
         benchmark=first.first["benchmark"],
         tasks=tasks,
-        classes=first.first["classes"],
+        data_sets=data_sets(experiments),
+        resolution=resolution(experiments),
         lead=captions.lead(tasks),
         at_a_glance=captions.at_a_glance(experiments),
         experiments=experiments,
@@ -80,7 +83,7 @@ def page(experiments: Sequence[Experiment]) -> str:
         elsewhere=published_elsewhere(experiments),
         published_note=captions.published_note(experiments),
         configurations=[escape(captions.configuration(each)) for each in experiments],
-        legend_tasks=[(task, shade(place, len(tasks))) for place, task in enumerate(tasks)],
+        marks=task_marks(tasks),
         width=WIDTH,
     )
 

@@ -1,7 +1,7 @@
 """Colours of the page, light and dark.
 
 Ramps go from the paper's lightness to its opposite, so they survive colour blindness and a grey
-printer; the hues of the map of features are far apart in lightness or in blue against yellow.
+printer; the hues of the tasks are far apart in lightness or in blue against yellow.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 
 from condu.report.heatmaps import LEVELS
-from condu.report.panels import SHADES
 
 INKS = ("#000000", "#ffffff")
 
@@ -24,7 +23,6 @@ class Theme:
     scheme: str
     surface: dict[str, str]
     heat: list[str]
-    shades: list[str]
     hues: tuple[str, ...]
 
     @property
@@ -33,7 +31,6 @@ class Theme:
             **self.surface,
             **{f"heat-{level}": colour for level, colour in enumerate(self.heat)},
             **{f"ink-{level}": ink_on(colour) for level, colour in enumerate(self.heat)},
-            **{f"shade-{position}": colour for position, colour in enumerate(self.shades)},
             **{f"hue-{position}": colour for position, colour in enumerate(self.hues)},
         }
 
@@ -74,7 +71,6 @@ LIGHT = Theme(
         "whisker": "#1a2026",
     },
     heat=ramp(("#f4f6f6", "#9cc3d8", "#3d85ae", "#0b3f63"), LEVELS),
-    shades=ramp(("#3b1c72", "#0e7490", "#b87400"), SHADES),
     hues=("#0072b2", "#c65a00", "#007d5a", "#a84a83", "#8a6d00", "#1f97ce", "#333f48"),
 )
 
@@ -91,6 +87,5 @@ DARK = Theme(
         "whisker": "#e8eaec",
     },
     heat=ramp(("#1d242a", "#1f5676", "#4a97c0", "#c9e8f8"), LEVELS),
-    shades=ramp(("#9d86f5", "#2fb3ad", "#ffd36b"), SHADES),
     hues=("#4aa3df", "#f08a3c", "#2fbf93", "#e08fc0", "#e3c44c", "#9ad9f7", "#c3ccd3"),
 )

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from matplotlib.ticker import MaxNLocator
 
 from condu.report.spread import Spread
+from condu.report.taskmarks import TaskMark, task_marks
 
 WIDTH = 340.0
-SHADES = 12
-"""Shades in which the templates draw the tasks, from the first to the last."""
 
 Number = Callable[[float], str]
 Points = Sequence[tuple[int, Spread]]
@@ -55,10 +54,13 @@ class Bar:
 
 @dataclass(frozen=True)
 class BarPanel:
+    """`ticks` are labelled lines below `bottom`; none where the numbers beside the bars suffice."""
+
     title: str
     bars: list[Bar]
-    grid: list[float]
+    ticks: list[Tick]
     start: float
+    bottom: float
     height: float
 
 
@@ -73,8 +75,7 @@ class Dot:
 class Line:
     """One task over the sessions: `before` it was learnt and `since`, which share a point."""
 
-    name: str
-    shade: int
+    mark: TaskMark
     before: list[Dot]
     since: list[Dot]
 
@@ -100,8 +101,8 @@ def bar_panel(
     greatest: float | None = None,
     marked: frozenset[str] = frozenset(),
 ) -> BarPanel | None:
-    """Horizontal bars from 0 to `greatest` (default: the greatest measurement), one for each name
-    that has a value. None if there is none."""
+    """Horizontal bars, one for each name that has a value: from 0 to `greatest`, with ticks, or to
+    the greatest measurement. None if there is no value."""
     measured = {name: spread for name, spread in values.items() if spread is not None}
     if not measured:
         return None
@@ -120,8 +121,9 @@ def bar_panel(
         )
         for position, (name, spread) in enumerate(measured.items())
     ]
-    grid = [axis(value) for value in _round_values(0, high) if value <= high]
-    return BarPanel(title, bars, grid, start, top + row * len(bars) + 4)
+    ticks = _ticks(axis, (0, greatest / 2, greatest)) if greatest else []
+    bottom = top + row * len(bars) + 4
+    return BarPanel(title, bars, ticks, start, bottom, bottom + 14 * bool(ticks))
 
 
 def line_panel(
@@ -141,8 +143,9 @@ def line_panel(
     frame = LinePanel(title, [], [], [])
     sessions = max(len(tasks), 2)
     x = Axis(1, sessions, frame.left + 8, frame.right - 8)
-    marks = _round_values(min(0, *means), max(high, *means))
-    y = Axis(marks[0], marks[-1], frame.bottom, frame.top)
+    heights = _round_values(min(0, *means), max(high, *means))
+    y = Axis(heights[0], heights[-1], frame.bottom, frame.top)
+    marks = task_marks(tasks)
     lines = []
     for name, points in series.items():
         learnt = tasks.index(name)
@@ -156,19 +159,13 @@ def line_panel(
         }
         lines.append(
             Line(
-                name,
-                shade(learnt, len(tasks)),
+                marks[learnt],
                 [dot for session, dot in dots.items() if session <= learnt],
                 [dot for session, dot in dots.items() if session >= learnt],
             )
         )
     whole = [n for n in _round_values(1, sessions, integer=True) if 1 <= n <= len(tasks)]
-    return LinePanel(title, lines, _ticks(x, whole), _ticks(y, marks))
-
-
-def shade(position: int, count: int) -> int:
-    """Which of the shades a task has."""
-    return round(position / max(count - 1, 1) * (SHADES - 1))
+    return LinePanel(title, lines, _ticks(x, whole), _ticks(y, heights))
 
 
 def _round_values(low: float, high: float, *, integer: bool = False) -> list[float]:

@@ -8,36 +8,30 @@ from dataclasses import dataclass
 import numpy as np
 
 from condu.report.embedding import FeatureMap
+from condu.report.panels import Dot
+from condu.report.taskmarks import TaskMark, task_marks
 
 WIDTH = 640.0
 MARGIN = 22.0
-HUES = 7
-"""Colours that colour-blind readers can tell apart; a shape for each round of them."""
-SHAPES = (
-    "m-2.6 0a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0-5.2 0",
-    "m-2.4-2.4h4.8v4.8h-4.8z",
-    "m0-3l2.9 5.2h-5.8z",
-)
-"""Circle, square and triangle, drawn from the middle."""
 
 
 @dataclass(frozen=True)
-class Mark:
+class Label:
+    """A name that goes from (x, y) in the direction in which there is room: `anchor` is SVG's."""
+
     x: float
     y: float
-    tip: str
+    anchor: str
 
 
 @dataclass(frozen=True)
 class Cloud:
     """One task: its images, its prototypes, and where its name stands."""
 
-    task: str
-    hue: int
-    shape: str
-    images: list[Mark]
-    prototypes: list[Mark]
-    label: tuple[float, float]
+    mark: TaskMark
+    images: list[Dot]
+    prototypes: list[Dot]
+    label: Label
 
 
 @dataclass(frozen=True)
@@ -54,29 +48,34 @@ def scatter(layout: FeatureMap, classes: Mapping[str, Sequence[str]], seed: int)
     """A cloud for each task, in their order; `classes` are its class names."""
     places = MARGIN + layout.places * (WIDTH - 2 * MARGIN)
     clouds = [
-        _cloud(layout, places, position, task, names)
-        for position, (task, names) in enumerate(classes.items())
+        _cloud(layout, places, position, mark, classes[mark.task])
+        for position, mark in enumerate(task_marks(list(classes)))
     ]
     return Scatter(seed, WIDTH, float(places[:, 1].max()) + MARGIN, clouds)
 
 
 def _cloud(
-    layout: FeatureMap, places: np.ndarray, position: int, task: str, names: Sequence[str]
+    layout: FeatureMap, places: np.ndarray, position: int, mark: TaskMark, names: Sequence[str]
 ) -> Cloud:
-    def marks(chosen: np.ndarray, kind: str) -> list[Mark]:
+    def dots(chosen: np.ndarray, kind: str) -> list[Dot]:
         return [
-            Mark(float(x), float(y), f"{kind}{names[label]} ({task})")
+            Dot(float(x), float(y), f"{kind}{names[label]} ({mark.task})")
             for (x, y), label in zip(places[chosen], layout.classes[chosen], strict=True)
         ]
 
     mine = layout.tasks == position
     images, prototypes = mine & ~layout.prototype, mine & layout.prototype
-    middle = np.median(places[images if images.any() else prototypes], axis=0)
     return Cloud(
-        task,
-        position % HUES,
-        SHAPES[position // HUES % len(SHAPES)],
-        marks(images, ""),
-        marks(prototypes, "prototype of "),
-        (float(middle[0]), float(middle[1])),
+        mark,
+        dots(images, ""),
+        dots(prototypes, "prototype of "),
+        _label(places[images if images.any() else prototypes]),
     )
+
+
+def _label(places: np.ndarray) -> Label:
+    """At the medoid, the one of `places` [n, 2] whose distances to the others have the least sum:
+    the middle of several groups may be where there is none of them."""
+    distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
+    x, y = (float(value) for value in places[distances.sum(axis=1).argmin()])
+    return Label(x, y, "start" if x < WIDTH / 4 else "end" if x > WIDTH * 3 / 4 else "middle")

@@ -51,9 +51,10 @@ def _summary(results: Mapping[str, Any], protocols: list[str], *, costs: bool) -
     """Of the first protocol all metrics, of the others Average and Last; the methods that were
     evaluated with any of them."""
     tasks = len(results["tasks"])
+    run = f"{results['benchmark']}: {tasks} task{'s' * (tasks > 1)}, seed {results['seed']}"
     table = Table(
-        title=f"{results['benchmark']}: {tasks} task{'s' * (tasks > 1)}, seed {results['seed']}",
-        caption=f"percent; {_meaning(protocols)}; Last is ACC",
+        title=f"{run}\nprotocol{'s' * (len(protocols) > 1)} {' and '.join(protocols)}",
+        caption="; ".join(["percent", *_meaning(protocols), "Last is ACC"]),
         **NARROW,
     )
     columns = [
@@ -79,12 +80,13 @@ def _summary(results: Mapping[str, Any], protocols: list[str], *, costs: bool) -
     return table
 
 
-def _meaning(protocols: list[str]) -> str:
-    return {
+def _meaning(protocols: list[str]) -> list[str]:
+    words = {
         ("task-id", "agnostic"): "(id), (no id): with and without the task given",
         ("task-id",): "(id): with the task given",
         ("agnostic",): "(no id): without the task given",
-    }.get(tuple(protocols), f"protocol {protocols[0]}")
+    }.get(tuple(protocols))
+    return [words] if words else []
 
 
 def matrix_table(results: Mapping[str, Any], method: str, protocol: str) -> Table:

@@ -18,6 +18,9 @@ import condu_ext as cx
 from condu.theory.deltas import NAME, Deltas
 from condu.theory.repetition import l1, packed_masks, rescalers_of
 
+FEWEST = 20
+"""Tasks below which a power is none of their number: the second half has too few points."""
+
 NOBODY = -1
 """The winner where no mask is set."""
 
@@ -71,7 +74,10 @@ def join(deltas: Deltas, tasks: int, advance: Callable[[int], None]) -> list[Joi
 
 def decay(joinings: Sequence[Joining]) -> float | None:
     """The power p of the line c·n^p through the logarithms of `delta_change` against n, over the
-    second half of the tasks, by least squares; None where it has no two changes above 0."""
+    second half of the tasks, by least squares. None of fewer than 20 tasks, whose second half is a
+    handful of points that any power fits, and where it has no two changes above 0."""
+    if joinings[-1].tasks < FEWEST:
+        return None
     half = [row for row in joinings[len(joinings) // 2 :] if row.delta_change > 0]
     if len(half) < 2:
         return None

@@ -109,17 +109,18 @@ def _panels(deltas: Mapping[str, Any]) -> tuple[Figure, Sequence[Axes]]:
     return figure, figure.subplots(1, len(deltas), sharey=True, squeeze=False)[0]
 
 
-def _line(axes: Axes, x: Any, y: Any, place: int, label: str) -> None:
-    axes.plot(
-        x,
-        y,
-        color=COLOURS[place % len(COLOURS)],
-        marker=MARKERS[place % len(MARKERS)],
-        markevery=0.12,  # of the length of the line,
-        ms=4,
-        lw=1.4,
-        label=label,
-    )
+def _line(axes: Axes, x: Sequence[int], y: np.ndarray, place: int, label: str) -> None:
+    """With markers at even distances along it, and at its end, which these may miss."""
+    style: dict[str, Any] = {
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "ms": 4,
+        "lw": 1.4,
+    }
+    axes.plot(x, y, **style, markevery=0.12, label=label)  # of the axes' diagonal
+    drawn = np.flatnonzero(np.isfinite(y))
+    if drawn.size:
+        axes.plot(x[drawn[-1]], y[drawn[-1]], **style)
 
 
 def _finish(axes: Axes, title: str, x: str) -> None:

@@ -35,7 +35,7 @@ def study(fine_tunings: FineTunings, tasks: int, iterations: int) -> Record:
          "deltas": {"fine-tuned" | "random": {
             "repetition": [fields of `Repetition`, but "changes" as [[iteration, change], …] for
                 some; "iterations": all that were done; "order_stays", "all_meet", "converged"],
-            "joining": [fields of `Joining`], "decay": `decay` of them}},
+            "joining": [fields of `Joining`], "decay": `decay` of them, null below 20 tasks}},
          "seconds": {"fine-tuned": s, "random": s} of measuring, "configuration": of fine-tuning,
          "machine": {…}}
 

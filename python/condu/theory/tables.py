@@ -10,6 +10,9 @@ from rich.table import Table
 from condu.report.tables import NARROW
 from condu.theory.study import NUMBERS
 
+FEW = 10
+"""Tasks up to which each has a row; of more, some have."""
+
 
 def tables(record: Mapping[str, Any]) -> Iterator[Table]:
     """One of Theorem F.3, and one of Theorem F.5 and Corollary F.6 for each kind of deltas."""
@@ -58,8 +61,9 @@ def _joining_table(name: str, found: Mapping[str, Any]) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     last = found["joining"][-1]["tasks"]
+    shown = (*NUMBERS, last) if last > FEW else range(last + 1)
     for row in found["joining"]:
-        if row["tasks"] in (*NUMBERS, last):
+        if row["tasks"] in shown:
             keys = ("mask_flips", "sign_flips", "winner_changes", "won_by_new", "delta_change")
             table.add_row(str(row["tasks"]), *(f"{100 * row[key]:.3f}" for key in keys))
     return table
