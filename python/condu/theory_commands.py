@@ -59,7 +59,7 @@ def check_theory(
     with errors("theory", debug):
         from condu.config import demo_config, make_config
         from condu.progress import RunProgress
-        from condu.runfolder import write_text
+        from condu.runfolder import RunFolder, write_text
         from condu.theory.finetunings import FineTunings, fine_tuning_of, fine_tuning_of_runs
         from condu.theory.plots import save_plots
         from condu.theory.study import study
@@ -79,6 +79,9 @@ def check_theory(
         console = Console()
         progress = RunProgress(Console(stderr=as_json))  # stdout is JSON's then
         trainer = ContinualTrainer.from_config(config, folder)
+        basis = trainer.basis()
+        for run in runs or ():
+            RunFolder(run).load_progress(basis)
         fine_tunings = FineTunings(
             trainer.live, trainer.benchmark, config, by_seed, folder, progress
         )

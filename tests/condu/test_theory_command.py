@@ -140,6 +140,17 @@ def test_of_runs_their_models_are_all_unless_more_are_asked_for(trained: list[st
     assert "to be fine-tuned" not in result.stdout
 
 
+def test_a_run_over_other_weights_is_refused() -> None:
+    folder = run("a", seed=42)
+    file = Path(folder, "progress.json")
+    progress = json.loads(file.read_text())
+    progress["basis"]["pretrained"] = "0123456789abcdef"
+    file.write_text(json.dumps(progress))
+    result = theory(folder)
+    assert result.exit_code == 2
+    assert "the pretrained weights are others now" in result.stderr
+
+
 def test_what_is_to_be_fine_tuned_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
     finetune, count = tuning.finetune, 0
 
