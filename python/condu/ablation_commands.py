@@ -19,7 +19,8 @@ def ablate(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN", help="Folder of a run with the method condu or individual, for a CLIP."
+            metavar="RUN",
+            help="Folder of a run of a CLIP that has individual, condu, emr, dpeclip_id or task_arithmetic.",
         ),
     ],
     out: Annotated[

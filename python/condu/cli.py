@@ -50,6 +50,22 @@ app.add_typer(theory_commands.app)
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the final table only.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"condu {metadata.version('condu')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def demo(
     out: Annotated[

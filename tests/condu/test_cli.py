@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,11 @@ def test_a_wrong_configuration_is_one_line() -> None:
     Path("bad.yaml").write_text("training: {stepz: 3}")
     line = refused(condu("run", "bad.yaml"))
     assert line == "error: bad.yaml: unknown key 'training.stepz', did you mean 'steps'?"
+
+
+def test_the_version_is_the_distributions() -> None:
+    result = condu("--version")
+    assert (result.exit_code, result.stdout) == (0, f"condu {metadata.version('condu')}\n")
 
 
 def test_a_missing_file_is_one_line() -> None:
