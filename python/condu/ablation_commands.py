@@ -20,7 +20,8 @@ def ablate(
         Path,
         typer.Argument(
             metavar="RUN",
-            help="Folder of a run of a CLIP that has individual, condu, emr, dpeclip_id or task_arithmetic.",
+            help="Folder of a run of a CLIP, with individual, condu, emr, dpeclip_id or"
+            " task_arithmetic.",
         ),
     ],
     out: Annotated[
