@@ -101,7 +101,7 @@ def test_images_that_are_listed_but_not_there_are_counted(whole: Path, spoil) ->
     assert food["found"] == dataclasses.asdict(OFFICIAL)
     (problem,) = food["problems"]
     first = min(test[:2], key=lambda path: int(path.stem))
-    assert problem == f"2 of 36 test images are missing or empty, the first is {first}"
+    assert problem == f"2 of 36 test images are missing or no images, the first is {first}"
 
 
 def test_a_hole_in_a_folder_of_caltech101_is_found(whole: Path) -> None:
