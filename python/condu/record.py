@@ -125,7 +125,8 @@ class Basis:
         if self.tasks != now.tasks:
             return f"tasks were {', '.join(self.tasks)} and are {', '.join(now.tasks)} now"
         for task, data in now.data.items():
-            before = self.data[task]
+            if (before := self.data.get(task)) is None:
+                return f"task {task!r} had no classes"
             for number, (old, new) in enumerate(zip_longest(before.classes, data.classes)):
                 if old != new:  # None: there are no more
                     return f"class {number} of task {task!r} was {old!r} and is {new!r} now"

@@ -176,6 +176,7 @@ BASIS = Basis(["a", "b"], {"a": TaskData(["x", "y"], 3, 4)}, "0123456789abcdef")
         ({"data": {"a": TaskData(["x"], 3, 4)}}, "class 1 of task 'a' was 'y' and is None now"),
         ({"data": {"a": TaskData(["x", "y"], 2, 4)}}, "'a' had 3 train images and has 2 now"),
         ({"data": {"a": TaskData(["x", "y"], 3, 9)}}, "'a' had 4 test images and has 9 now"),
+        ({"data": {"b": TaskData(["x"], 1, 1)}}, "task 'b' had no classes"),
         ({"pretrained": "0123456789abcdee"}, "the pretrained weights are others now"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from condu.config import ConfigError, RunConfig
@@ -51,7 +50,7 @@ def make_benchmark(config: RunConfig) -> Benchmark:
         raise ConfigError(f"benchmark.tasks: got {count}, but there are {len(order)} tasks")
     if wanted.name in ON_DISK:  # only what is used has to be there
         return _on_disk(wanted, order[:count])
-    return replace(benchmark, tasks=tuple(benchmark[name] for name in order[:count]))
+    return benchmark.order(order).subset(count)
 
 
 def _on_disk(wanted: BenchmarkConfig, names: Sequence[str]) -> Benchmark:
